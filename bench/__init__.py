@@ -1,0 +1,33 @@
+"""The harness: problems held still, replicate moments, typed metrics, suites, the store and the report.
+
+Names are imported when they are first used (PEP 562), so that `gradiometer --help` and `gradiometer report` never
+wait for torch.
+"""
+
+if __name__ == "bench":
+    raise ImportError("import gradiometer.bench, not bench: install the checkout with `pip install -e .`")
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names once more, for type checkers and editors
+    from gradiometer.bench.errors import RequestError as RequestError
+
+_HOMES = {  # public name -> the module it lives in
+    "RequestError": "errors",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from the module it lives in, at its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,110 @@
+"""Figures with a line per estimator: a metric against the number of particles, a test objective along training."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gradiometer.bench import canvas, selection
+from gradiometer.bench.canvas import Plot
+from gradiometer.bench.metrics import METRICS
+from gradiometer.bench.palette import Look
+
+__all__ = ["against_particles", "learning_curves"]
+
+
+def against_particles(found: pd.DataFrame, problem: str, look: Mapping[str, Look]) -> Plot:
+    """SNR against K, both logarithmic, a panel per group, with the floor and the slopes that theory names."""
+    groups = selection.group_order(found["group"])
+    figure, row = canvas.panels(groups, 0.9 + 2.7 * len(groups), 2.9, sharex=True)
+    drawn: dict[str, Any] = {}
+    for axes, group in zip(row, groups, strict=True):
+        of_group = found[(found["group"] == group) & (found["value"] > 0)]
+        axes.set(xscale="log", yscale="log", xlabel="particles K")
+        for series, line in of_group.groupby("series", sort=True):
+            drawn[str(series)] = _line(axes, line, look[line["name"].iloc[0]])
+        particles = sorted(set(of_group["K"]))
+        axes.set_xlim(particles[0] / 1.35, particles[-1] * 1.35)
+        axes.set_xticks(particles, [f"{K:g}" for K in particles])
+        axes.minorticks_off()
+        ends = of_group[["value", "low", "floor"]]
+        canvas.decades(axes.yaxis, ends[ends > 0].min().min() / 1.1, of_group["value"].max() * 1.1)
+        canvas.floor(axes, of_group["floor"], along="y")
+        _slopes(axes, of_group)
+    row[0].set_ylabel(canvas.axis("snr"))
+    figure.legend(drawn.values(), drawn, loc="outside center right", frameon=False, handlelength=2.8)
+    title = f"Signal-to-noise ratio of one gradient against the number of particles: {problem}"
+    figure.suptitle(title)
+    caption = (
+        "Both axes logarithmic. Dotted guides have the slopes K^½ and K^−½ that theory gives for large K; where a curve runs depends on "
+        "the distance from the optimum, too. Within the shade, up to the dashed floor, a gradient of mean zero would look the same. "
+        "Bars are 95 % intervals."
+    )
+    return Plot(f"snr-against-K-{problem}", title, caption, figure)
+
+
+def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mapping[str, Look]) -> Plot:
+    """A test objective against steps and against seconds, a line per estimator, a band over seeds."""
+    import seaborn as sns
+
+    timed = found["seconds"].notna().any()
+    figure, row = canvas.panels([""] * (2 if timed else 1), 5.2 + (2.4 if timed else 0), 3.0, sharey=True)
+    final = found.sort_values("step").groupby("label").tail(1).set_index("label")["value"].sort_values(ascending=False)
+    series = dict.fromkeys(found["name"])
+    several = {name: list(dict.fromkeys(found.loc[found["name"] == name, "label"])) for name in series}
+    drawn = {}
+    for label in final.index:
+        line = found[found["label"] == label].sort_values("step")
+        name = line["name"].iloc[0]
+        dashes = ("-", "--", ":", "-.")[several[name].index(label) % 4] if len(several[name]) > 1 else look[name].line
+        for axes, x in zip(row, ("step", "seconds"), strict=False):
+            kept = line[line[x].notna()]
+            marks = max(1, len(kept) // 6)
+            sns.lineplot(data=kept, x=x, y="value", ax=axes, color=look[name].colour, linestyle=dashes, linewidth=1.4, errorbar=None,
+                         marker=look[name].marker, markersize=4.5, markevery=marks, markeredgewidth=0, legend=False)  # fmt: skip
+            axes.fill_between(kept[x], kept["low"], kept["high"], color=look[name].colour, alpha=0.16, linewidth=0)
+            drawn[label] = axes.lines[-1]
+    low, high = _worth_showing(found, final)
+    for axes, x in zip(row, ("training step", "training time [s]"), strict=False):
+        axes.set(xlabel=x, ylabel=canvas.axis(metric), ylim=(low, high))
+        axes.margins(x=0.02)
+    row[0].set_ylabel(canvas.axis(metric))
+    figure.legend(drawn.values(), drawn, loc="outside center right", frameon=False, handlelength=2.8)
+    title = f"Training: {METRICS[metric].label}, {problem}"
+    figure.suptitle(title)
+    seeds = sorted(set(found["seeds"].astype(int)))
+    caption = f"Mean over {' to '.join(map(str, {seeds[0]: 0, seeds[-1]: 0}))} seeds; the band spans the seeds. "
+    caption += "Left by training steps, right by the time they took. " if timed else ""
+    caption += "The legend is in the order of the last values. "
+    caption += "The earliest steps lie below the picture." if found["low"].min() < low else ""
+    return Plot(f"training-{metric.removeprefix('test_')}-{problem}", title, caption.strip(), figure)
+
+
+def _line(axes: Any, line: pd.DataFrame, look: Look) -> Any:
+    """A series with its intervals; returns what a legend shows."""
+    for mark in line.itertuples():
+        canvas.point(axes, (mark.K, mark.value), (None, (mark.low, mark.high)), look.colour, marker=look.marker)
+    return axes.plot(line["K"], line["value"], color=look.colour, marker=look.marker, markersize=5.2, linewidth=1.3, linestyle=look.line, zorder=3)[0]
+
+
+def _slopes(axes: Any, of_group: pd.DataFrame) -> None:
+    """Guides of slope 1/2 and -1/2 through the middle of the data."""
+    left, right = float(of_group["K"].min()), float(of_group["K"].max())
+    low, high = axes.get_ylim()
+    middle = math.exp(np.log(of_group["value"]).mean())
+    for slope, word in ((0.5, "∝ K$^{1/2}$"), (-0.5, "∝ K$^{-1/2}$")):
+        ends = [middle * (K / math.sqrt(left * right)) ** slope for K in (left, right)]
+        axes.plot([left, right], ends, color="0.45", linewidth=0.9, linestyle=":", zorder=1, scaley=False)
+        if low < ends[0] < high:
+            axes.annotate(word, (left, ends[0]), (2, -10 if slope > 0 else 4), textcoords="offset points", fontsize=7, color="0.35")
+
+
+def _worth_showing(found: pd.DataFrame, final: pd.Series) -> tuple[float, float]:
+    """Limits that leave the last differences room: the first, steep steps may lie below."""
+    finite = final[np.isfinite(final)]
+    top, bottom = float(found["high"].max()), float(finite.min())
+    room = max(top - bottom, 1e-3 * abs(top), 1e-9)
+    lowest = float(found["low"].min())
+    return max(lowest - 0.05 * room, bottom - 2 * room), top + 0.08 * room

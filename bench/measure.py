@@ -1,0 +1,405 @@
+"""Measuring one estimator on one problem: replicate gradients in, typed values with error bars out."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradiometer.bench import metrics
+from gradiometer.bench.gradients import Counted, Draw, NotRows, one, rows, trainable
+from gradiometer.bench.moments import Accumulator, Array, Moments, shards
+from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.statistics import Value, exact, jackknife
+from gradiometer.estimators.base import Estimator, State
+from gradiometer.estimators.noise import BLOCK, Rng
+from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
+
+Engine = Literal["auto", "rows", "loop"]
+SETTLE = 300  # steps that tracked averages and learned modules get at the problem's parameters before they are frozen
+LOOP_FROM = 800  # rows per replicate (B x K) from which a plain loop is as fast as batching replicates
+
+
+class Failure(RuntimeError):
+    """A measurement that cannot give a number; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a measurement leaves: moments per parameter, projections and values per replicate, by shard.
+
+    Attributes:
+        moments: of each parameter's gradient.
+        groups: the parameters of each group.
+        shapes: of the parameters.
+        projections: per group and shard of the second half, ``g.u`` and ``|g|^2`` of each replicate.
+        samples: per quantity and shard, its value in each replicate.
+        evaluations: of the joint, per data point and gradient.
+        units: active units and how many there are, or None where the problem holds no data for them.
+        engine, chunk: how it was computed.
+    """
+
+    problem: Problem
+    estimator: Estimator
+    replicates: int
+    seed: int
+    moments: Mapping[str, Moments]
+    groups: Mapping[str, tuple[str, ...]]
+    shapes: Mapping[str, torch.Size]
+    projections: Mapping[str, list[tuple[Array, Array]]]
+    samples: Mapping[str, list[Array]]
+    evaluations: float
+    active_units: int | None
+    engine: str
+    chunk: int
+
+    @cached_property
+    def mean(self) -> dict[str, Array]:
+        """Mean gradient of the batch-mean objective (ascent), by parameter, float64."""
+        return {name: m.pooled().mean.reshape(self.shapes[name]) for name, m in self.moments.items()}
+
+    @cached_property
+    def variance(self) -> dict[str, Array]:
+        """Variance of one gradient, by parameter and coordinate, float64."""
+        return {name: m.pooled().variance.reshape(self.shapes[name]) for name, m in self.moments.items()}
+
+    def metrics(self, group: str) -> dict[str, Value]:
+        """The typed metrics of a parameter group.
+
+        Raises:
+            KeyError: the estimator has no such group on this problem.
+        """
+        if group not in self.groups:
+            raise KeyError(f"no group {group!r}; there are {', '.join(self.groups)}")
+        moments = Moments.joined([self.moments[name] for name in self.groups[group]])
+        number = len(moments.count)
+        leave_out = [moments.pooled(without=shard) for shard in range(number)]
+        found: dict[str, Value] = {}
+        for name, metric in metrics.GRADIENT.items():
+            assert metric.of is not None
+            value = metric.of(moments.pooled())
+            if name == "snr_floor":
+                found[name] = exact(value)
+            else:
+                found[name] = jackknife(value, [metric.of(g) for g in leave_out], positive=metric.positive)
+        parts = self.projections[group]
+        for name, metric in metrics.PROJECTION.items():
+            assert metric.of is not None
+            without = [metric.of(*_stacked(parts[:i] + parts[i + 1 :])) for i in range(len(parts))]
+            found[name] = jackknife(metric.of(*_stacked(parts)), without, positive=metric.positive)
+        return found
+
+    def values(self) -> dict[str, Value]:
+        """Objective, bounds and weight statistics, averaged over replicates and the minibatch; evaluations; active units."""
+        found = {name: _mean(parts) for name, parts in self.samples.items()}
+        found["evaluations"] = exact(self.evaluations)
+        if self.active_units is not None:
+            found["active_units"] = exact(self.active_units)
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Tidy rows, one per group and metric, as the store keeps them."""
+        about = {
+            "problem": self.problem.name,
+            **self.problem.about,
+            "estimator": str(self.estimator),
+            "family": self.estimator.facts.family,
+            "K": self.estimator.K,
+            "B": len(self.problem.x),
+            "evaluations": self.evaluations,
+            "seed": self.seed,
+            "engine": self.engine,
+            "chunk": self.chunk,
+            "randomness": "estimator",
+            "scale": "batch mean",
+            "replicates": self.replicates,
+        }
+        found = [about | row_of(name, value) for name, value in self.values().items()]
+        for group in self.groups:
+            of_group = {"group": group, "space": "group"}
+            found += [about | of_group | row_of(name, value) for name, value in self.metrics(group).items()]
+        return found
+
+
+def row_of(name: str, value: Value) -> dict[str, Any]:
+    """The columns of a row that a metric and its value fill."""
+    metric = metrics.METRICS[name]
+    return {
+        "metric": name,
+        "reduction": metric.reduction,
+        "unit": metric.unit,
+        "version": metric.version,
+        "value": value.value,
+        "stderr": value.stderr,
+        "low": value.low,
+        "high": value.high,
+        "jackknife": list(value.jackknife) or None,
+        "status": "ok",
+    }
+
+
+def measure(
+    problem: Problem,
+    estimator: Estimator,
+    *,
+    replicates: int = 1024,
+    seed: int = 0,
+    engine: Engine = "auto",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    reference: Estimator | None = None,
+    chunk: int | None = None,
+) -> Measurement:
+    """Measure the gradient `estimator` gives on `problem`.
+
+    Args:
+        problem: a model held still; it is copied, not changed.
+        estimator: as `gradiometer.estimators.parse` returns it.
+        replicates: independent gradients, at least 4.
+        seed: of the noise; the same seed gives the same noise to every estimator.
+        engine: "rows" batches replicates, "loop" takes one at a time, "auto" chooses by the model and by B x K.
+        device, dtype: where and how precisely the gradients are computed; moments of all are float64.
+        reference: the estimator whose mean gradient `cosine` refers to; this one's own if None.
+        chunk: replicates per batch; from B, K and the number of parameters if None.
+
+    Raises:
+        ValueError: the problem lacks what the estimator needs, or there are too few replicates.
+        Failure: a gradient is not finite.
+
+    Example:
+        >>> from gradiometer.bench.models.toys import GaussianToy
+        >>> from gradiometer.estimators import parse
+        >>> toy = Problem(GaussianToy(units=2), torch.zeros(5, 2))
+        >>> sorted(measure(toy, parse("iwae:K=4"), replicates=64).groups)
+        ['generative', 'inference']
+    """
+    if (reason := reason_to_skip(problem, estimator)) is not None:
+        raise ValueError(reason)
+    bounds = shards(replicates)
+    model, x = copy.deepcopy(problem.model).to(device, dtype), problem.x.to(device, dtype)
+    state = settled(estimator, model, x, seed)
+    parameters = trainable(model, state)
+    names = {name: p for members in parameters.values() for name, p in members.items()}
+    size = chunk or chunk_size(sum(p.numel() for p in names.values()), len(x) * estimator.K)
+    counted = Counted(model)
+    chosen = engine if engine != "auto" else choose(estimator, model, x, state, parameters, seed)
+    directions = _reference_directions(problem, reference, parameters, replicates, seed, device, dtype)
+
+    sums = {n: Accumulator(p.shape, len(bounds), p.dtype, p.device) for n, p in names.items()}
+    groups = {group: tuple(members) for group, members in parameters.items()}
+    half = len(bounds) // 2
+    projections: dict[str, list[tuple[Array, Array]]] = {group: [] for group in groups}
+    samples: dict[str, list[Array]] = {}
+    for number, shard in enumerate(bounds):
+        if number == half and directions is None:
+            directions = {group: _direction({n: sums[n].mean(half) for n in members}) for group, members in groups.items()}
+        found: list[dict[str, Tensor]] = []
+        for draw in _draws(chosen, estimator, counted, x, seed, state, parameters, shard, size):
+            _must_be_finite(draw, shard)
+            for name, gradient in draw.gradients.items():
+                sums[name].fold(number, gradient)
+            found.append(_samples(estimator, draw.log_w) | _project(draw, groups, directions if number >= half else None))
+        together = {key: torch.cat([f[key] for f in found]).double().cpu().numpy() for key in found[0]}
+        for key in ("objective", "elbo", "iwelbo", "ess"):
+            if key in together:
+                samples.setdefault(key, []).append(together[key])
+        if number >= half:
+            for group in groups:
+                projections[group].append((together[f"along {group}"], together[f"squared {group}"]))
+    return Measurement(
+        problem,
+        estimator,
+        replicates,
+        seed,
+        {name: accumulator.moments() for name, accumulator in sums.items()},
+        groups,
+        {name: p.shape for name, p in names.items()},
+        projections,
+        samples,
+        counted.evaluations / (replicates * len(x)),
+        active_units(problem, model),
+        chosen,
+        size,
+    )
+
+
+def settled(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:
+    """The estimator's memory after `SETTLE` steps at these parameters, on noise of its own."""
+    state = initial_state(estimator, model, x, seed)
+    if not (state.tracked or state.learned):
+        return state
+    learned = {g: m for g, m in trainable(model, state).items() if g in state.learned}
+    optimizer = torch.optim.Adam([p for members in learned.values() for p in members.values()] or [torch.zeros(1)], 1e-3)
+    for step in range(SETTLE):
+        rng = Rng(seed, step, "settle", x.device, block=1)
+        learning_step(estimator, model, x, rng, state, learned, optimizer)
+    return state
+
+
+def initial_state(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:
+    """Fresh memory; what it learns starts from the same values for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = estimator.init_state(model, x)
+    for module in state.learned.values():
+        module.to(x.device, x.dtype)
+    return state
+
+
+def learning_step(
+    estimator: Estimator,
+    model: Any,
+    x: Tensor,
+    rng: Rng,
+    state: State,
+    parameters: Mapping[str, Mapping[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+) -> Draw:
+    """One step of gradient ascent on `parameters`, learned modules by their own terms too; tracked averages fold afterwards."""
+    seen: dict[str, Tensor] = {}
+    draw = one(estimator, model, x, rng, state, parameters, observe=seen.update)
+    extra = estimator.learn(model, x, rng, state)
+    for group, members in parameters.items():
+        wanted = list(members.values())
+        learnt = (
+            torch.autograd.grad(extra[group].mean(), wanted, retain_graph=True, allow_unused=True)
+            if group in extra
+            else [None] * len(wanted)
+        )
+        for (name, parameter), more in zip(members.items(), learnt, strict=True):
+            total = draw.gradients[name] if more is None else draw.gradients[name] + more
+            parameter.grad = -total
+    optimizer.step()
+    for name, observation in seen.items():
+        state.tracked[name].update(observation)
+    return draw
+
+
+def chunk_size(parameters: int, rows_each: int) -> int:
+    """Replicates per batch, so that neither their gradients (64 MiB) nor their activations grow with the problem."""
+    fit = min(2**24 // parameters, 2**15 // rows_each, 1024)
+    return max(fit // BLOCK, 1) * BLOCK
+
+
+def choose(estimator: Estimator, model: Any, x: Tensor, state: State, parameters: Any, seed: int) -> str:
+    """The engine for a cell; "rows" only after its first replicate has been seen to equal the slow twin's."""
+    if not estimator.facts.replicates_as_rows or estimator.facts.couples_data or len(x) * estimator.K >= LOOP_FROM:
+        return "loop"
+    try:
+        batched = rows(estimator, model, x, Rng(seed, range(2), "measure", x.device), state, parameters)
+    except NotRows as error:
+        warnings.warn(f"{estimator} is measured one replicate at a time: {error}", stacklevel=2)
+        return "loop"
+    single = one(estimator, model, x, Rng(seed, 1, "measure", x.device), state, parameters)
+    tolerance = math.sqrt(torch.finfo(x.dtype).eps)
+    for name, gradient in single.gradients.items():
+        off = (batched.gradients[name][1] - gradient).abs().max()
+        if not off <= tolerance * max(1e-6, float(gradient.abs().max())) * 10:
+            warnings.warn(
+                f"{estimator} is measured one replicate at a time: batched, its gradient of {name!r} differs by {float(off):.2g}",
+                stacklevel=2,
+            )
+            return "loop"
+    return "rows"
+
+
+def _draws(
+    engine: str,
+    estimator: Estimator,
+    model: Any,
+    x: Tensor,
+    seed: int,
+    state: State,
+    parameters: Any,
+    shard: range,
+    size: int,
+) -> Iterator[Draw]:
+    if engine == "rows":
+        for start in range(shard.start, shard.stop, size):
+            replicates = range(start, min(start + size, shard.stop))
+            yield rows(estimator, model, x, Rng(seed, replicates, "measure", x.device), state, parameters)
+        return
+    for replicate in shard:
+        draw = one(estimator, model, x, Rng(seed, replicate, "measure", x.device), state, parameters)
+        log_w = None if draw.log_w is None else draw.log_w.unsqueeze(1)  # [K, 1, B]
+        yield Draw({name: g.unsqueeze(0) for name, g in draw.gradients.items()}, log_w)
+
+
+def _must_be_finite(draw: Draw, shard: range) -> None:
+    for name, gradient in draw.gradients.items():
+        if not gradient.isfinite().all():
+            raise Failure(f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}")
+
+
+def _samples(estimator: Estimator, log_w: Tensor | None) -> dict[str, Tensor]:
+    """Per replicate, means over the minibatch, ``[r]``, from ``log_w [K, r, B]``."""
+    if log_w is None:
+        return {}
+    values = {
+        "objective": estimator.objective(log_w),
+        "elbo": log_w.mean(0),
+        "iwelbo": log_mean_exp(log_w),
+        "ess": effective_sample_size(log_w),
+    }
+    return {name: value.mean(-1) for name, value in values.items()}
+
+
+def _project(draw: Draw, groups: Mapping[str, tuple[str, ...]], directions: Any) -> dict[str, Tensor]:
+    if directions is None:
+        return {}
+    found = {}
+    for group, members in groups.items():
+        pairs = [(draw.gradients[name].flatten(1).double(), directions[group][name]) for name in members]
+        found[f"along {group}"] = torch.stack([g @ u.flatten() for g, u in pairs]).sum(0)
+        found[f"squared {group}"] = torch.stack([g.square().sum(1) for g, _ in pairs]).sum(0)
+    return found
+
+
+def _direction(mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    norm = math.sqrt(sum(float(m.double().square().sum()) for m in mean.values()))
+    return {name: m.double() / norm if norm > 0 else m.double() for name, m in mean.items()}
+
+
+def _reference_directions(
+    problem: Problem, reference: Estimator | None, parameters: Any, replicates: int, seed: int, device: str, dtype: Any
+) -> dict[str, dict[str, Tensor]] | None:
+    """The directions of a trusted estimator's mean gradient, measured on noise of its own."""
+    if reference is None:
+        return None
+    trusted = measure(problem, reference, replicates=replicates, seed=seed + 1, device=device, dtype=dtype)
+    means = {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
+    return {
+        group: _direction({name: means.get(name, torch.zeros_like(p).double()) for name, p in members.items()})
+        for group, members in parameters.items()
+    }
+
+
+def _stacked(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def _mean(parts: list[Array]) -> Value:
+    totals, counts = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
+    without = (totals.sum() - totals) / (counts.sum() - counts)
+    return jackknife(float(totals.sum() / counts.sum()), list(without), positive=False)
+
+
+def active_units(problem: Problem, model: Any) -> int | None:
+    """Latents whose posterior mean has a variance over the held-out data above 0.01 (Burda et al. 2016)."""
+    if problem.held_out is None:
+        return None
+    with torch.no_grad():
+        guide = model.guide(problem.held_out.to(problem.x.device, next(model.parameters()).dtype))
+        try:
+            means = guide.mean
+        except NotImplementedError:
+            means = Rng(0, 0, "units", block=1).sample(guide, 64).mean(0)
+    return int((means.var(0) > 0.01).sum())

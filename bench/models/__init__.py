@@ -1,0 +1,1 @@
+"""Models: the protocol, the common VAE, and toys with exact answers."""

@@ -1,0 +1,163 @@
+"""The figures of a report, drawn from the frames of `figures`; seaborn and matplotlib are imported when the first is drawn."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from gradiometer.bench import canvas, figures, selection
+from gradiometer.bench.canvas import FORMATS, Plot, rendered
+from gradiometer.bench.curves import against_particles, learning_curves
+from gradiometer.bench.metrics import METRICS
+from gradiometer.bench.palette import Look, looks
+from gradiometer.bench.placement import place_labels
+from gradiometer.bench.tables import TRAINING, unit_text
+
+__all__ = ["FORMATS", "Plot", "plots", "rendered"]
+
+_FILLED = {"init": 0.0, "early": 0.4}  # how far a snapshot's marker is filled, wholly for the others
+_WORDS = {
+    "variance": "Monte-Carlo variance of one gradient",
+    "snr": "Signal-to-noise ratio of one gradient, mean over coordinates",
+}
+_READ = {
+    "variance": "Trace of the covariance over a group's parameters, at fixed parameters and a fixed minibatch; further left is quieter.",
+    "snr": "|mean|/standard deviation per coordinate, averaged; further right is better. Within the shade, up to the dashed floor, "
+    "a gradient of mean zero would look the same.",
+}
+
+
+def plots(rows: pd.DataFrame) -> list[Plot]:
+    """Every figure that the rows hold data for, in reading order.
+
+    Args:
+        rows: as the store yields them.
+    """
+    look = looks(selection.tidy(rows))
+    with canvas.style():
+        return [plot for draw in (_by_snapshots, _against_particles, _cost_planes, _learning_curves) for plot in draw(rows, look)]
+
+
+def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str, Look]) -> Plot:
+    """A metric by estimator, a panel per group, a model's snapshots within each line."""
+    groups, snapshots = selection.group_order(found["group"]), selection.snapshot_order(found["snapshot"])
+    order = _ranking(found, METRICS[metric].better, snapshots[-1])
+    figure, row = canvas.panels(groups, 1.6 + 2.7 * len(groups), 1.1 + 0.26 * len(order), sharey=True)
+    dodges = dict(zip(snapshots, np.linspace(-0.2, 0.2, len(snapshots)) if len(snapshots) > 1 else [0.0], strict=True))
+    for axes, group in zip(row, groups, strict=True):
+        of_group = found[(found["group"] == group) & (found["value"] > 0)]
+        axes.set_xscale("log")
+        for mark in of_group.itertuples():
+            at = (mark.value, order[mark.label] + dodges[mark.snapshot])
+            colour = look[mark.name].colour
+            fill = canvas.blended(colour, _FILLED.get(mark.snapshot, 1.0))
+            canvas.point(axes, at, ((mark.low, mark.high), None), colour, marker=look[mark.name].marker, markerfacecolor=fill)
+        for band in range(0, len(order), 2):
+            axes.axhspan(band - 0.5, band + 0.5, color="0.96", linewidth=0, zorder=0)
+        if not of_group.empty:
+            ends = of_group[["value", "low", "high", "floor"]].replace([np.inf, -np.inf], np.nan)
+            canvas.decades(axes.xaxis, ends[ends > 0].min().min(), ends.max().max())
+        canvas.floor(axes, of_group["floor"], along="x")
+        axes.grid(False, axis="y")
+        axes.set(ylim=(len(order) - 0.5, -0.5), xlabel=canvas.axis(metric))
+    row[0].set_yticks(range(len(order)), list(order))
+    title = f"{_WORDS[metric]}: {model}"
+    figure.suptitle(title)
+    _legend(figure, snapshots, found, look)
+    caption = f"{_READ[metric]} Bars are 95 % intervals (often smaller than the marker)."
+    if len(snapshots) > 1:
+        caption += f" Snapshots: {', '.join(snapshots)}, from hollow to filled. Best at @{snapshots[-1]} first."
+    return Plot(f"{metric}-{model}", title, caption, figure)
+
+
+def cost_plane(found: pd.DataFrame, problem: str, look: Mapping[str, Look]) -> Plot:
+    """Variance against time per gradient, a panel per group, with lines of equal variance x time and the Pareto front."""
+    groups = selection.group_order(found["group"])
+    wide = 3.4 if found["label"].nunique() <= 10 else 4.2
+    figure, row = canvas.panels(groups, wide * len(groups), 0.95 * wide)
+    for axes, group in zip(row, groups, strict=True):
+        points = found[found["group"] == group]
+        axes.set(xscale="log", yscale="log", xlabel="time per gradient [s]", ylabel=f"variance [{unit_text(METRICS['variance'].unit)}]")
+        canvas.decades(axes.xaxis, points["seconds"].min() / 1.3, points["seconds"].max() * 1.3)
+        canvas.decades(axes.yaxis, points["value"].min() / 1.5, points["value"].max() * 1.5)
+        axes.grid(False)
+        _equal_products(axes)
+        for mark in points.itertuples():
+            edge = {"markeredgecolor": "black", "markersize": 7} if mark.front else {"markeredgecolor": "white", "markersize": 6.5, "markeredgewidth": 0.6}
+            intervals = ((mark.seconds_low, mark.seconds_high), (mark.low, mark.high))
+            canvas.point(axes, (mark.seconds, mark.value), intervals, look[mark.name].colour, marker=look[mark.name].marker, **edge)
+        front = points[points["front"]].sort_values("seconds")
+        axes.plot(front["seconds"], front["value"], color="0.15", linewidth=1.0, linestyle=(0, (4, 2)), drawstyle="steps-post", zorder=2)
+    title = f"What a gradient costs and how noisy it is: {problem}"
+    figure.suptitle(title)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes, group in zip(row, groups, strict=True):
+        points = found[found["group"] == group]
+        place_labels(axes, list(zip(points["seconds"], points["value"], strict=True)), points["label"].tolist(), axes.lines[-1:])
+    caption = (
+        "Time against variance, both logarithmic: further down and left is better. On a grey line variance × time is the same, so a "
+        "fixed time budget buys the same error; each line is worth ten of the next. The dashed steps and black rims mark the Pareto "
+        "front: nothing measured is both faster and quieter. Bars are 95 % intervals."
+    )
+    return Plot(f"cost-{problem}", title, caption, figure)
+
+
+def _by_snapshots(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:
+    for metric in ("variance", "snr"):
+        found = figures.by_snapshot(rows, metric)
+        for model in sorted(set(found["model"])):
+            yield by_snapshot(found[found["model"] == model], metric, model, look)
+
+
+def _against_particles(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:
+    found = figures.against_particles(rows)
+    for problem in selection.problem_order(found["problem"]):
+        yield against_particles(found[found["problem"] == problem], problem, look)
+
+
+def _cost_planes(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:
+    found = figures.cost_plane(rows)
+    for problem in selection.problem_order(found["problem"]):
+        yield cost_plane(found[found["problem"] == problem], problem, look)
+
+
+def _learning_curves(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:
+    for metric in TRAINING:
+        found = figures.learning_curves(rows, metric)
+        for problem in selection.problem_order(found["problem"]):
+            yield learning_curves(found[found["problem"] == problem], metric, problem, look)
+
+
+def _ranking(found: pd.DataFrame, better: str, snapshot: str) -> dict[str, int]:
+    """The line of each label: best first, by the geometric mean over groups at a snapshot; what lacks it comes last."""
+    at = found[(found["snapshot"] == snapshot) & (found["value"] > 0)]
+    score = at["value"].map(math.log).groupby(at["label"]).mean() * (-1 if better == "higher" else 1)
+    labels = sorted(set(found["label"]), key=lambda label: (score.get(label, math.inf), label))
+    return {label: number for number, label in enumerate(labels)}
+
+
+def _legend(figure: Any, snapshots: list[str], found: pd.DataFrame, look: Mapping[str, Look]) -> None:
+    """What fillings mean, where there are snapshots, and colours, where they are families'."""
+    from matplotlib.lines import Line2D
+
+    mark = {"marker": "o", "markersize": 5, "linestyle": "none"}
+    marks = {}
+    for name in snapshots if len(snapshots) > 1 else []:
+        marks[f"@{name}"] = Line2D([], [], color="0.25", markerfacecolor=canvas.blended("0.25", _FILLED.get(name, 1.0)), **mark)
+    families = found.drop_duplicates("family").sort_values("family")
+    for family, name in families[["family", "name"]].to_numpy():
+        if look[name].family:
+            marks[family] = Line2D([], [], color=look[name].family, **mark)
+    if marks:
+        figure.legend(marks.values(), marks, loc="outside lower center", ncols=4, frameon=False, columnspacing=1.2, handletextpad=0.3)
+
+
+def _equal_products(axes: Any) -> None:
+    """Lines on which variance x time is a power of ten, a handful of them."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    powers = range(math.ceil(math.log10(left * low)), math.floor(math.log10(right * high)) + 1)
+    for power in powers:
+        axes.plot([left, right], [10.0**power / left, 10.0**power / right], color="0.8", linewidth=0.7, zorder=1, scalex=False, scaley=False)

@@ -1,0 +1,58 @@
+"""A problem: a model held still, with fixed parameters and one minibatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradiometer.bench.models.protocol import offers
+from gradiometer.estimators.base import Estimator
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model at fixed parameters and one minibatch, on which estimators are measured.
+
+    Args:
+        model: any `LatentVariableModel`; its parameters are not changed.
+        x: the minibatch ``[B, ...]``, already binarised.
+        N: size of the data set it stands for, for guides over global parameters.
+        name: as typed, ``digits-vae@late``.
+        held_out: data on which active units are counted.
+        about: columns of the rows: model, dataset, snapshot, digest.
+    """
+
+    model: Any
+    x: Tensor
+    N: int | None = None
+    name: str = "problem"
+    held_out: Tensor | None = None
+    about: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, nn.Module):
+            self.model.eval()
+
+    def lacks(self, estimator: Estimator) -> list[str]:
+        """The capabilities that `estimator` needs and this problem does not offer."""
+        offered = offers(self.model, self.x)
+        return [need for need in estimator.facts.needs if need not in offered]
+
+
+ADVICE = {
+    "rsample": "needs a reparameterisable guide; try rloo or vimco",
+    "kl": "needs a divergence from prior to guide in closed form; try sgvb-a or stl",
+    "likelihood": "needs a model with a separate likelihood; try sgvb-a or rloo",
+    "gaussian": "needs a guide of independent Gaussians; try iwae or vimco",
+}
+
+
+def reason_to_skip(problem: Problem, estimator: Estimator) -> str | None:
+    """Why a pair cannot be measured, in a sentence, or None."""
+    lacking = problem.lacks(estimator)
+    if not lacking:
+        return None
+    name = estimator.facts.name
+    return f"{name} {ADVICE.get(lacking[0], f'needs {lacking[0]!r}, which the problem does not offer')}"

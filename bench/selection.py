@@ -1,0 +1,135 @@
+"""What tables and figures take from rows: the measured cells, their display names and their order."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+__all__ = ["cost", "gradients", "group_order", "in_order", "measured", "problem_order", "snapshot_order", "tidy", "training", "unmeasured"]
+
+_DEFAULTS = {
+    "suite": "", "cell": "", "kind": "gradient", "problem": "", "model": "", "dataset": "", "snapshot": "", "step": float("nan"),
+    "seconds": float("nan"), "estimator": "", "family": "", "K": float("nan"), "B": float("nan"), "evaluations": float("nan"),
+    "seed": 0, "device": "", "dtype": "", "group": "", "tensor": "", "metric": "", "randomness": "estimator", "unit": "",
+    "value": float("nan"), "stderr": float("nan"), "low": float("nan"), "high": float("nan"), "replicates": float("nan"),
+    "checked": False, "status": "ok", "reason": "", "jackknife": None,
+}  # fmt: skip
+_TEXT = [name for name, default in _DEFAULTS.items() if isinstance(default, str)]
+_NUMBERS = [name for name, default in _DEFAULTS.items() if isinstance(default, float)]
+_SETTINGS = {"B": "B", "device": "device", "dtype": "dtype"}
+_SNAPSHOTS = ("init", "early", "late")
+_GROUPS = ("generative", "inference")
+
+
+def tidy(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with every column that reports read, and three more: how a line of a table, a series and a colour are called.
+
+    Args:
+        rows: as the store yields them; columns that are absent get their defaults, so a bare measurement's rows do too.
+
+    Returns:
+        The rows of parameter groups, without repetitions, with `label` (the estimator's word, with the settings in which its
+        problem's cells differ), `series` (the word without K) and `name` (without any parameter).
+    """
+    columns = {name: rows[name] if name in rows else pd.Series([default] * len(rows)) for name, default in _DEFAULTS.items()}
+    found = pd.DataFrame({name: column.to_numpy() for name, column in columns.items()})
+    for name in _TEXT:
+        found[name] = found[name].astype(object).where(found[name].notna(), "").astype(str)
+    for name in _NUMBERS:
+        found[name] = pd.to_numeric(found[name], errors="coerce").astype(float)
+    found["checked"] = found["checked"].map(lambda passed: passed is True or str(passed) == "True")
+    found = found[(found["tensor"] == "") & found["randomness"].isin(["estimator", ""])]
+    named, model = found["problem"].str.partition("@"), found["model"]
+    found["model"] = model.where(model != "", named[0])
+    found["snapshot"] = found["snapshot"].where(found["snapshot"] != "", named[2])
+    found["series"] = [_series(word) for word in found["estimator"]]
+    found["name"] = found["estimator"].str.partition(":")[0]
+    found["label"] = found["estimator"]
+    for _, cells in found.groupby("problem", sort=False):
+        found.loc[cells.index, "label"] = _labels(cells)
+    key = ["kind", "problem", "label", "seed", "group", "metric", "step", "status", "reason"]
+    # where two suites measured the same, the one with more replicates counts
+    return found.sort_values("replicates", ascending=False, kind="stable").drop_duplicates(key).sort_index().reset_index(drop=True)
+
+
+def gradients(tidied: pd.DataFrame) -> pd.DataFrame:
+    """The rows that measured gradients held still; a label says which seed where a problem's cells have several."""
+    found = tidied[(tidied["kind"] == "gradient") & (tidied["status"] == "ok") & (tidied["metric"] != "")].copy()
+    several = found.groupby(["problem", "label", "group", "metric"])["seed"].transform("nunique") > 1
+    found["configuration"] = found["label"]
+    found.loc[several, "label"] = [f"{label} [seed {s}]" for label, s in found.loc[several, ["label", "seed"]].to_numpy()]
+    return found
+
+
+def cost(tidied: pd.DataFrame) -> pd.DataFrame:
+    """The rows that measured time and memory, the first of each configuration."""
+    found = tidied[(tidied["kind"] == "cost") & (tidied["status"] == "ok") & (tidied["metric"] != "")]
+    found = found.assign(configuration=found["label"])
+    return found.drop_duplicates(["problem", "label", "group", "metric"])
+
+
+def measured(tidied: pd.DataFrame) -> pd.DataFrame:
+    """Gradient rows, and the cost rows of their configurations under the same labels."""
+    held_still, costs = gradients(tidied), cost(tidied)
+    names = held_still[["problem", "configuration", "label"]].drop_duplicates()
+    costs = costs.drop(columns="label").merge(names, on=["problem", "configuration"], how="left")
+    costs["label"] = costs["label"].fillna(costs["configuration"])
+    return pd.concat([held_still, costs], ignore_index=True)
+
+
+def training(tidied: pd.DataFrame) -> pd.DataFrame:
+    """The rows of training runs, one per seed and step."""
+    return tidied[(tidied["kind"] == "training") & (tidied["status"] == "ok") & (tidied["metric"] != "")]
+
+
+def unmeasured(tidied: pd.DataFrame) -> pd.DataFrame:
+    """One row per cell that was skipped or failed: `problem`, `label`, `status`, `reason`."""
+    found = tidied[tidied["status"].isin(["skipped", "failed"])]
+    columns = ["problem", "label", "status", "reason"]
+    return found.drop_duplicates(columns).sort_values(["status", "problem", "label"])[columns].reset_index(drop=True)
+
+
+def group_order(groups: Iterable[str]) -> list[str]:
+    """Parameter groups as they are shown: generative, inference, then the others by name."""
+    return sorted(set(groups) - {""}, key=lambda group: (_rank(group, _GROUPS), group))
+
+
+def snapshot_order(snapshots: Iterable[str]) -> list[str]:
+    """Snapshots along training: init, early, late, then the others by name."""
+    return sorted(set(snapshots), key=lambda snapshot: (_rank(snapshot, _SNAPSHOTS), snapshot))
+
+
+def problem_order(problems: Iterable[str]) -> list[str]:
+    """Problems by model, and a model's snapshots along training."""
+    return sorted(set(problems), key=lambda p: (p.partition("@")[0], _rank(p.partition("@")[2], _SNAPSHOTS), p))
+
+
+def in_order(tidied: pd.DataFrame) -> pd.DataFrame:
+    """Rows by family, estimator and K, as tables list them."""
+    return tidied.sort_values(["family", "name", "series", "K", "label"], kind="stable")
+
+
+def _rank(name: str, order: tuple[str, ...]) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _series(word: str) -> str:
+    """An estimator's word without its number of particles.
+
+    >>> _series("vr:alpha=0.5,K=8"), _series("dreg:K=8"), _series("stl")
+    ('vr:alpha=0.5', 'dreg', 'stl')
+    """
+    name, _, fields = word.partition(":")
+    kept = [field for field in fields.split(",") if field and not field.strip().startswith("K=")]
+    return f"{name}:{','.join(kept)}" if kept else name
+
+
+def _labels(cells: pd.DataFrame) -> list[str]:
+    """The words of one problem's cells, each with the settings that two cells of the same word and kind differ in."""
+    labels = cells["estimator"].tolist()
+    ok = cells[cells["status"] == "ok"]
+    for setting, shown in _SETTINGS.items():
+        if ok.empty or ok.groupby(["estimator", "kind"])[setting].nunique().max() < 2:
+            continue
+        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in cells[setting]]
+        labels = [f"{label} [{shown} {value}]" for label, value in zip(labels, values, strict=True)]
+    return labels

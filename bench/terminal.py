@@ -1,0 +1,154 @@
+"""One comparison as a table for a terminal: groups side by side, or beneath each other where that is too wide."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from gradiometer.bench import selection
+from gradiometer.bench.errors import RequestError
+from gradiometer.bench.tables import AT_FLOOR, CLAIM, Cell, Column, Line, Table, table_of
+from gradiometer.bench.typeset import counts, unit_of
+
+__all__ = ["SHOWN", "comparison"]
+
+SHOWN = ("variance", "snr", "objective", "directional_snr", "seconds_per_gradient")
+_UNBOUNDED = Console(width=10_000)
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """A metric of a group, down all estimators."""
+
+    group: str
+    column: Column
+    cells: Mapping[str, Cell | None]
+
+
+def comparison(rows: pd.DataFrame, *, metrics: Sequence[str] = SHOWN, width: int = 120) -> RichTable:
+    """What `gradiometer measure` prints: value ± standard error of each metric, for each group and estimator of a problem.
+
+    Args:
+        rows: of one problem, as the store yields them or as a measurement's `rows()` leaves them.
+        metrics: the columns, where measured; the last are left out if not all fit.
+        width: columns of the terminal.
+
+    Raises:
+        RequestError: no metric is named.
+
+    >>> row = {"problem": "toy", "estimator": "stl", "K": 1, "evaluations": 2.0, "group": "inference", "metric": "variance",
+    ...        "value": 0.1234, "stderr": 0.0012, "low": 0.121, "high": 0.126, "unit": "1"}
+    >>> comparison(pd.DataFrame([row])).row_count
+    1
+    """
+    tidied = selection.tidy(rows)
+    measured = selection.measured(tidied)
+    problem = ", ".join(selection.problem_order(tidied["problem"]))
+    groups = ["", *selection.group_order(measured["group"])]
+    found = [t for g in groups if (t := table_of(measured, tuple(metrics), problem, g, g)) is not None]
+    lines = {line.label: line for table in reversed(found) for line in table.lines}
+    strips = [
+        _Strip(table.group, column, {line.label: line.cells[number] for line in table.lines})
+        for table in found
+        for number, column in enumerate(table.columns)
+    ]
+    for shown in range(len(metrics), 0, -1):
+        kept = [strip for strip in strips if strip.column.metric in metrics[:shown]]
+        for made in (_side_by_side(lines, kept), _beneath_each_other(lines, kept)):
+            if shown > 1 and made.__rich_measure__(_UNBOUNDED, _UNBOUNDED.options).maximum > width:
+                continue
+            made.title = problem
+            left_out = dict.fromkeys(strip.column.heading for strip in strips if strip not in kept)
+            made.caption = "\n".join(_notes(lines, found, left_out, selection.unmeasured(tidied)))
+            return made
+    raise RequestError("no metric to show: name at least one")
+
+
+def _side_by_side(lines: Mapping[str, Line], strips: Sequence[_Strip]) -> RichTable:
+    """A line per estimator; the columns of each group carry its name."""
+    made = _empty()
+    for strip in strips:
+        made.add_column(_head(strip.column, strip.group), no_wrap=True)
+    texts = [_aligned(strip.column, [strip.cells.get(label) for label in lines]) for strip in strips]
+    for number, line in enumerate(lines.values()):
+        made.add_row(_word(line, lines), *counts(line), *(column[number] for column in texts))
+    return made
+
+
+def _beneath_each_other(lines: Mapping[str, Line], strips: Sequence[_Strip]) -> RichTable:
+    """A section per group and a line per estimator; a group's metrics share their columns with the other groups'."""
+    made = _empty()
+    columns: dict[str, Column] = {}
+    for strip in strips:  # a column printed in several powers of ten leaves them to its cells
+        column = columns.setdefault(strip.column.metric, strip.column)
+        if column.exponent != strip.column.exponent:
+            column = replace(column, exponent=None)
+        if column.heading != strip.column.heading:  # floors differ
+            column = replace(column, heading=column.heading.partition(",")[0])
+        columns[column.metric] = column
+    for column in columns.values():
+        made.add_column(_head(column, ""))
+    for group in dict.fromkeys(strip.group for strip in strips if strip.group):
+        of_group = {strip.column.metric: strip.cells for strip in strips if strip.group in ("", group)}
+        texts = [_aligned(column, [of_group.get(metric, {}).get(label) for label in lines]) for metric, column in columns.items()]
+        made.add_section()
+        made.add_row(Text(group, style="bold italic"))
+        for number, line in enumerate(lines.values()):
+            made.add_row(_word(line, lines), *counts(line), *(column[number] for column in texts))
+    return made
+
+
+def _empty() -> RichTable:
+    made = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), title_style="bold", caption_style="", caption_justify="left")
+    made.add_column("estimator", no_wrap=True)
+    made.add_column("K", justify="right", no_wrap=True)
+    made.add_column("evalu-\nations", justify="right", no_wrap=True)
+    return made
+
+
+def _head(column: Column, group: str) -> Text:
+    words = column.heading.replace(", floor", "\nfloor").replace("signal-to-noise ratio", "SNR")
+    return Text("\n".join(part for part in (group, words, unit_of(column)) if part))
+
+
+def _word(line: Line, lines: Mapping[str, Line]) -> Text:
+    marked = not line.checked and any(other.checked for other in lines.values())
+    return Text(line.label + (" †" if marked else ""))
+
+
+def _aligned(column: Column, cells: Sequence[Cell | None]) -> list[Text]:
+    """Cells with their decimal points beneath each other, and so, where digits agree, their ±."""
+    shown = [cell.printed(column) if cell else None for cell in cells]
+    whole = [part.value.partition(".")[0] if part else "" for part in shown]
+    fraction = [part.value[len(w) :] if part else "" for part, w in zip(shown, whole, strict=True)]
+    left, right = max(map(len, whole), default=0), max(map(len, fraction), default=0)
+    powers = any(part and part.exponent for part in shown)
+    texts = []
+    for cell, part, w, f in zip(cells, shown, whole, fraction, strict=True):
+        if cell is None or part is None:
+            texts.append(Text(" " * (left - 1 + powers) + "–", style="dim"))
+            continue
+        body = f.ljust(right) + (f" ± {part.error}" if part.error else "")
+        braced = bool(part.error and part.exponent)
+        body = ("(" if braced else " " * powers) + w.rjust(left) + body + (")" if braced else "")
+        text = (body + (f"e{part.exponent}" if part.exponent else "")).rstrip()
+        texts.append(Text(text + (" ‡" if cell.at_floor else ""), style="bold" if cell.bold else ""))
+    return texts
+
+
+def _notes(lines: Mapping[str, Line], found: Sequence[Table], left_out: Iterable[str], missing: pd.DataFrame) -> Iterable[str]:
+    """What stands beneath the table."""
+    said = dict.fromkeys(note for table in found for note in table.notes)
+    yield from (note for note in said if CLAIM not in note and AT_FLOOR not in note)
+    if any(cell and cell.at_floor for table in found for line in table.lines for cell in line.cells):
+        yield f"‡ {AT_FLOOR}"
+    if lines and not all(line.checked for line in lines.values()):
+        some = any(line.checked for line in lines.values())
+        yield "† not checked (gradiometer check)." if some else "No estimator here has been checked (gradiometer check)."
+    if left_out := ", ".join(left_out):
+        yield f"Left out, since this terminal is too narrow: {left_out}."
+    yield from (f"{word} {status}: {reason}" for word, status, reason in missing[["label", "status", "reason"]].to_numpy())

@@ -1,0 +1,183 @@
+"""What an estimator is: a frozen dataclass whose fields are its hyper-parameters and whose `facts` are its claims."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.weights import log_mean_exp
+
+OBJECTIVES = MappingProxyType(
+    {
+        "elbo": lambda log_w: log_w.mean(0),  # [*batch]
+        "iwelbo": log_mean_exp,  # [*batch]
+    }
+)
+
+
+class Model(Protocol):
+    """What an estimator sees of a model: densities, and nothing of parameters, batches or replicates."""
+
+    def guide(self, x: Tensor) -> Distribution:
+        """``q(z|x)``, with batch shape ``[*batch]``."""
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """``log p(x, z)``, ``[K, *batch]`` (``[*batch]`` for a ``z`` without particles)."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The claims of an estimator; each is a test.
+
+    Args:
+        name: the word of the command line and of every table.
+        family: the estimators it belongs with.
+        objective: the name of what it is the gradient of; a mapping from groups where they differ.
+        biased: the groups whose gradient is not unbiased for that objective.
+        needs: capabilities a problem must offer ("rsample", "kl", "moments", ...).
+        least_particles: the smallest K that makes sense.
+        couples_data: the gradient of one data point depends on the others of its batch.
+        replicates_as_rows: false if replicates cannot be rows of one batch (it perturbs network weights, say).
+        cite: BibTeX key.
+    """
+
+    name: str
+    family: str
+    objective: str | Mapping[str, str] = "elbo"
+    biased: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    least_particles: int = 1
+    couples_data: bool = False
+    replicates_as_rows: bool = True
+    cite: str = ""
+
+    def objective_of(self, group: str) -> str:
+        """The name of the objective that `group` ascends."""
+        return self.objective if isinstance(self.objective, str) else self.objective[group]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Losses in place of gradients.
+
+    ``terms[g]`` is differentiated with respect to group ``g`` only, and ascended; its value means nothing. ``log_w`` (detached,
+    ``[K, *batch]``) gives the objective and the weights' statistics; ``observe`` is what tracked averages follow.
+    """
+
+    terms: Mapping[str, Tensor]  # {group: [*batch]}
+    log_w: Tensor | None = None
+    observe: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Average:
+    """An exponential moving average that starts at its first observation (and is 0 before it)."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.value: Tensor | float = 0.0
+        self._seen = False
+
+    def update(self, observation: Tensor) -> None:
+        """Fold in one observation; anything but a scalar is averaged first."""
+        new = observation.detach().mean()
+        self.value = self.decay * self.value + (1 - self.decay) * new if self._seen else new
+        self._seen = True
+
+
+@dataclass
+class State:
+    """What an estimator remembers between steps: `tracked` averages, and `learned` modules, one parameter group each."""
+
+    tracked: dict[str, Average] = field(default_factory=dict)
+    learned: dict[str, nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """A gradient estimator with ``K`` particles per data point, written for one replicate."""
+
+    K: int = 1
+    facts: ClassVar[Facts]
+
+    def __post_init__(self) -> None:
+        least = self.facts.least_particles
+        if self.K < least:
+            raise ValueError(f"{self.facts.name} needs K >= {least}, not K={self.K}")
+
+    def __str__(self) -> str:
+        """The word that `parse` reads back: K unless it is 1, and every other field that is not at its default."""
+        shown = [f for f in fields(self) if getattr(self, f.name) != (1 if f.name == "K" else f.default)]
+        settings = ",".join(f"{f.name}={getattr(self, f.name)}" for f in shown)
+        return f"{self.facts.name}:{settings}" if settings else self.facts.name
+
+    @abstractmethod
+    def surrogate(self, model: Any, x: Tensor, rng: Rng, state: State) -> Surrogate | Iterator[Surrogate]:
+        """One draw of the estimate, as surrogate terms; if several are yielded, the estimate is their sum."""
+
+    def init_state(self, model: Any, x: Tensor) -> State:
+        """Memory before the first step; `x` is one minibatch ``[B, ...]``."""
+        return State()
+
+    def learn(self, model: Any, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
+        """Terms ``{group: [*batch]}`` that train learned control variates, and are no part of the estimate."""
+        return {}
+
+    def objective(self, log_w: Tensor) -> Tensor:
+        """The value of the objective from the log weights ``[K, *batch]``; ``[*batch]``."""
+        return OBJECTIVES[self.facts.objective_of("generative")](log_w)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The columns ``a, b, c`` of a weighted estimator, each ``[K, *batch]``; None stands for zeros."""
+
+    generative: Tensor
+    pathwise: Tensor | None = None
+    score: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weighted(Estimator):
+    """An estimator given by three columns of weights, functions of the detached log weights alone:
+
+    g_generative = sum_k a_k grad_theta log p(x, z_k)
+    g_inference  = sum_k b_k (dz_k/dphi)^T grad_z [log p(x, z_k) - log q(z_k|x)] + c_k grad_phi log q(z_k|x) (z_k held fixed)
+    """
+
+    @abstractmethod
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        """The columns, from the detached log weights ``[K, *batch]`` less the baseline."""
+
+    def baseline(self, x: Tensor, state: State) -> Tensor | float:
+        """Subtracted from the log weights before the columns are formed; broadcasts to ``[*batch]``."""
+        return 0.0
+
+    def observe(self, log_w: Tensor) -> Mapping[str, Tensor]:
+        """What the tracked averages follow."""
+        return {}
+
+    def surrogate(self, model: Any, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        q = model.guide(x)
+        pathwise = "rsample" in self.facts.needs
+        z = rng.rsample(q, self.K) if pathwise else rng.sample(q, self.K)  # [K, *batch, *event]
+        log_p, log_q = model.log_joint(x, z), q.log_prob(z)  # [K, *batch]
+        log_w = (log_p - log_q).detach()
+        columns = self.coefficients(log_w - self.baseline(x, state))
+        a, b, c = columns.generative, columns.pathwise, columns.score
+        # The generative term is differentiated by theta alone, so z need not be detached in it.
+        terms = {"generative": (a * log_p).sum(0), "inference": 0.0 * log_q.sum(0)}
+        if b is None:
+            if c is not None:
+                terms["inference"] = (c * log_q).sum(0)
+        else:
+            # log q(z) also holds phi directly; b log q(stop(z)) takes that part out again, exactly, for any distribution.
+            held = b if c is None else b + c
+            terms["inference"] = (b * (log_p - log_q) + held * q.log_prob(z.detach())).sum(0)
+        return Surrogate(terms, log_w, self.observe(log_w))

@@ -1,0 +1,168 @@
+"""Noise as an argument: the same seed gives the same draws in a loop, in a batch, in any chunk size.
+
+The noise of replicate ``r`` depends on the seed, the stream, ``r`` and the ordinal of the draw, and on nothing else. A generator per
+replicate would cost more than a replicate, so generators are keyed by fixed blocks of `BLOCK` replicates, and a chunk takes
+the rows it needs from the blocks it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical
+
+BLOCK = 16  # replicates that share one generator; part of what a seed means, so a change of it changes every number
+
+
+@runtime_checkable
+class Ancestral(Protocol):
+    """A distribution that draws itself from an `Rng`, part by part (several stochastic layers, for instance)."""
+
+    def draw(self, rng: Rng, particles: int | None, *, differentiable: bool) -> Tensor: ...
+
+
+class Rng:
+    """A source of noise for one replicate, or for a range of replicates as one batch.
+
+    Args:
+        seed: the user's seed.
+        replicates: one index (draws have the distribution's own batch shape), or a range (the last-but-one batch axis of every
+            distribution drawn from is then the replicate axis, ``(R, B)``, and row ``i`` gets the noise of replicate ``replicates[i]``).
+        stream: separates uses that must not share noise ("measure", "settle", "train").
+        block: replicates that share a generator; 1 where replicates are never batched, so that no draw is wasted.
+        device: where draws are returned. They are made on the CPU and in float32, so that every device and dtype sees the same noise.
+
+    Example:
+        >>> q = Normal(torch.zeros(3, 2), torch.ones(3, 2))
+        >>> batch = Rng(0, range(4)).rsample(Independent(q.expand((4, 3, 2)), 1), 5)  # [K, R, B, D]
+        >>> alone = Rng(0, 2).rsample(Independent(q, 1), 5)  # [K, B, D]
+        >>> torch.equal(batch[:, 2], alone)
+        True
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        replicates: int | range = 0,
+        stream: str = "measure",
+        device: torch.device | str = "cpu",
+        block: int = BLOCK,
+    ) -> None:
+        self.seed = seed
+        self.replicates = replicates
+        self.stream = stream
+        self.device = torch.device(device)
+        self.block = block
+        self._ordinal = 0
+
+    def rsample(self, q: Distribution, particles: int | None = None) -> Tensor:
+        """Reparameterised draws ``[K, *batch, *event]`` (``[*batch, *event]`` without ``particles``)."""
+        if not q.has_rsample:
+            raise NotImplementedError(f"{type(q).__name__} cannot be reparameterised: draw with sample()")
+        return self._draw(q, particles, differentiable=True)
+
+    def sample(self, q: Distribution, particles: int | None = None) -> Tensor:
+        """Draws ``[K, *batch, *event]`` without a gradient; the same numbers as `rsample`."""
+        with torch.no_grad():
+            return self._draw(q, particles, differentiable=False)
+
+    def uniform(self, like: Distribution) -> Tensor:
+        """One uniform in ``(0, 1)`` per element of ``like``'s batch, ``[*batch]``."""
+        return self._noise(like.batch_shape, len(like.batch_shape), _fill_uniform).to(_dtype(like))
+
+    def normal(self, like: Distribution) -> Tensor:
+        """One standard normal per element of ``like``'s batch, ``[*batch]``."""
+        return self._noise(like.batch_shape, len(like.batch_shape), _fill_normal).to(_dtype(like))
+
+    def _draw(self, q: Distribution, particles: int | None, *, differentiable: bool) -> Tensor:
+        if isinstance(q, Ancestral):
+            return q.draw(self, particles, differentiable=differentiable)
+        base, batch_axes = q, len(q.batch_shape)
+        while isinstance(base, Independent):
+            base = base.base_dist
+        shape = Size(() if particles is None else (particles,)) + q.batch_shape + q.event_shape
+        axes = batch_axes + (particles is not None)
+        match base:
+            case Normal():
+                return base.loc + base.scale * self._noise(shape, axes, _fill_normal).to(base.loc.dtype)
+            case Bernoulli():
+                probs = base.probs
+                return (self._noise(shape, axes, _fill_uniform).to(probs.dtype) < probs).to(probs.dtype)
+            case OneHotCategorical():
+                gumbel = -(-self._noise(shape, axes, _fill_uniform).log()).log()
+                logits = base.logits + gumbel.to(base.logits.dtype)
+                return torch.nn.functional.one_hot(logits.argmax(-1), shape[-1]).to(logits.dtype)
+        return self._draw_by_torch(q, particles, differentiable=differentiable)
+
+    def _noise(self, shape: Size, axes: int, fill: Callable[[Tensor, torch.Generator], object]) -> Tensor:
+        """Noise of `shape`, whose first `axes` axes are particles and batch; rows are cut from whole blocks."""
+        if isinstance(self.replicates, int):
+            wanted, inner, axis = range(self.replicates, self.replicates + 1), shape, 0
+        else:
+            wanted, axis = self.replicates, axes - 2
+            if axis < 0 or shape[axis] != len(wanted):
+                raise ValueError(
+                    f"a draw of shape {tuple(shape)} has no replicate axis of {len(wanted)}: "
+                    "expand the distribution to the guide's batch shape (R, B)"
+                )
+            inner = shape[:axis] + shape[axis + 1 :]
+        first, last = wanted.start // self.block, (wanted.stop - 1) // self.block
+        rows = torch.empty((last - first + 1) * self.block, *inner)
+        for block in range(first, last + 1):
+            fill(rows[(block - first) * self.block :][: self.block], self._generator(block))
+        self._ordinal += 1
+        rows = rows[wanted.start - first * self.block :][: len(wanted)].to(self.device)
+        return rows[0] if isinstance(self.replicates, int) else rows.movedim(0, axis)
+
+    def _generator(self, block: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self._key(block))
+
+    def _key(self, block: int) -> int:
+        name = f"{self.seed}/{self.stream}/{self.block}/{block}/{self._ordinal}"
+        return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") >> 1  # torch wants an int64
+
+    def _draw_by_torch(self, q: Distribution, particles: int | None, *, differentiable: bool) -> Tensor:
+        """Draws of a family we hold no transform for: one row at a time, under a forked and seeded global generator."""
+        draws = []
+        single = isinstance(self.replicates, int)
+        indices = [self.replicates] if isinstance(self.replicates, int) else list(self.replicates)
+        with torch.random.fork_rng(devices=[]):
+            for row, replicate in enumerate(indices):
+                torch.manual_seed(self._key(-1 - replicate))
+                part = q if single else _row(q, len(q.batch_shape) - 2, row)
+                shape = Size(() if particles is None else (particles,))
+                draws.append(part.rsample(shape) if differentiable else part.sample(shape))
+        self._ordinal += 1
+        axis = len(q.batch_shape) - 2 + (particles is not None)
+        return draws[0] if single else torch.stack(draws, axis)
+
+
+def _fill_normal(rows: Tensor, generator: torch.Generator) -> None:
+    rows.normal_(generator=generator)
+
+
+def _fill_uniform(rows: Tensor, generator: torch.Generator) -> None:
+    # The open interval: a draw of exactly 0 (one in 2^24) would make log(u) infinite.
+    rows.uniform_(generator=generator).clamp_(min=2.0**-25)
+
+
+def _dtype(q: Distribution) -> torch.dtype:
+    while isinstance(q, Independent):
+        q = q.base_dist
+    mean = getattr(q, "mean", None)
+    return mean.dtype if isinstance(mean, Tensor) else torch.get_default_dtype()
+
+
+def _row(q: Distribution, axis: int, row: int) -> Distribution:
+    """Row `row` of a distribution's batch axis `axis`, for any family that is rebuilt from its constrained arguments."""
+    if isinstance(q, Independent):
+        return Independent(_row(q.base_dist, axis, row), q.reinterpreted_batch_ndims)
+    given = {name: value for name in q.arg_constraints if isinstance(value := q.__dict__.get(name), Tensor)}
+    return cast(Distribution, type(q)(**{name: v.select(axis, row) for name, v in given.items()}, validate_args=False))
+
+
+__all__ = ["BLOCK", "Ancestral", "Rng"]

@@ -1,0 +1,113 @@
+"""From words to estimators: ``dreg:K=64``, ``nvi:levels=4,path=learned``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from dataclasses import fields
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from gradiometer.estimators.base import Estimator
+
+_REGISTRY: dict[str, type[Estimator]] = {}
+_STAIRS = {"noise", "weights", "base", "registry"}
+E = TypeVar("E", bound=type[Estimator])
+
+
+def register(cls: E) -> E:
+    """Class decorator: make an estimator known by its ``facts.name``."""
+    known = _REGISTRY.get(cls.facts.name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"two estimators are called {cls.facts.name!r}: {known.__module__}.{known.__name__} and {cls.__name__}")
+    _REGISTRY[cls.facts.name] = cls
+    return cls
+
+
+def catalogue() -> dict[str, type[Estimator]]:
+    """All known estimators by name: ours, and those of installed packages (entry points ``gradiometer.estimators``)."""
+    package = importlib.import_module("gradiometer.estimators")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in _STAIRS:
+            importlib.import_module(f"gradiometer.estimators.{module.name}")
+    for point in entry_points(group="gradiometer.estimators"):
+        point.load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a Python file so that the estimators it registers are known."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise ValueError(f"no plugin file {path}")
+    # One name per path, so that a file loaded twice in a process is the same module.
+    name = f"gradiometer_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"the plugin {path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def parse(word: str) -> Estimator:
+    """The estimator a word stands for.
+
+    Raises:
+        ValueError: one sentence that names the wrong part and the nearest valid word.
+
+    Example:
+        >>> parse("rloo:K=8")
+        RLOO(K=8)
+    """
+    name, _, settings = word.partition(":")
+    known = _REGISTRY if name in _REGISTRY else catalogue()
+    if name not in known:
+        raise ValueError(f"unknown estimator {name!r}{_nearest(name, list(known))}")
+    cls, values = known[name], {}
+    types = get_type_hints(cls)
+    options = [f.name for f in fields(cls)]
+    for setting in filter(None, settings.split(",")):
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{setting!r} in {word!r} should read key=value, as in {name}:K=8")
+        if key not in options:
+            raise ValueError(f"{name} has no option {key!r}{_nearest(key, options)}")
+        if key in values:
+            raise ValueError(f"{key!r} is given twice in {word!r}")
+        values[key] = _convert(text, types[key], f"{key} of {name}")
+    return cls(**values)
+
+
+def _convert(text: str, kind: object, what: str) -> object:
+    if get_origin(kind) is Literal:
+        choices = [str(choice) for choice in get_args(kind)]
+        if text not in choices:
+            raise ValueError(f"{what} should be one of {', '.join(choices)}, not {text!r}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{what} should be true or false, not {text!r}")
+        return text.lower() == "true"
+    if kind in (int, float):
+        try:
+            return int(text) if kind is int else float(text)
+        except ValueError:
+            raise ValueError(f"{what} should be {'a whole number' if kind is int else 'a number'}, not {text!r}") from None
+    return text
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    matches = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
