@@ -16,7 +16,7 @@ __all__ = ["FORMATS", "Plot", "axis", "decades", "floor", "panels", "point", "re
 
 FORMATS = ("png", "svg", "pdf")
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-_RC = {
+_RC: Any = {
     "svg.hashsalt": "gradiometer",
     "svg.fonttype": "path",
     "pdf.fonttype": 42,
@@ -88,14 +88,17 @@ def point(axes: Any, at: tuple[float, float], interval: Any, colour: str, **look
         if bounds is not None and all(map(math.isfinite, bounds)):
             ends = [(bounds[0], bounds[1]), (at[1], at[1])] if number == 0 else [(at[0], at[0]), (bounds[0], bounds[1])]
             axes.plot(*ends, color=colour, linewidth=1.3, solid_capstyle="butt", zorder=3)
-    axes.plot(*at, **{"markersize": 5.2, "markeredgewidth": 1.1, "zorder": 4, "color": colour, "linestyle": "none"} | look)
+    axes.plot(
+        *at, **{"markersize": 5.2, "markeredgewidth": 1.1, "zorder": 4, "color": colour, "linestyle": "none"} | look
+    )
 
 
-def blended(colour: str, amount: float) -> tuple[float, ...]:
+def blended(colour: str, amount: float) -> tuple[float, float, float]:
     """A colour mixed with white: 0 is white, 1 the colour."""
     from matplotlib.colors import to_rgb
 
-    return tuple(1 - amount * (1 - part) for part in to_rgb(colour))
+    red, green, blue = (1 - amount * (1 - part) for part in to_rgb(colour))
+    return red, green, blue
 
 
 def axis(metric: str) -> str:
@@ -116,7 +119,13 @@ def floor(axes: Any, floors: pd.Series, *, along: str) -> None:
     span, line = (axes.axvspan, axes.axvline) if along == "x" else (axes.axhspan, axes.axhline)
     span(min(low, highest / 1.5), highest, color="0.5", alpha=0.13, linewidth=0, zorder=1)
     line(highest, color="0.35", linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-    place = {"xy": (highest, 1), "xycoords": axes.get_xaxis_transform(), "xytext": (-2, -3), "rotation": 90, "va": "top"}
+    place = {
+        "xy": (highest, 1),
+        "xycoords": axes.get_xaxis_transform(),
+        "xytext": (-2, -3),
+        "rotation": 90,
+        "va": "top",
+    }
     if along == "y":
         place = {"xy": (1, highest), "xycoords": axes.get_yaxis_transform(), "xytext": (-3, -2), "va": "top"}
     axes.annotate("noise floor", textcoords="offset points", ha="right", fontsize=6.5, color="0.35", **place)
@@ -132,7 +141,9 @@ def decades(axis_of: Any, low: float, high: float) -> None:
     axis_of.axes.set_xlim(low, high) if axis_of.axis_name == "x" else axis_of.axes.set_ylim(low, high)
     if span < 2.2:
         plain = FuncFormatter(lambda value, _: f"{value:g}")
-        axis_of.set_major_locator(LogLocator(subs=(1, 2, 5) if span > 0.5 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8), numticks=12))
+        axis_of.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if span > 0.5 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8), numticks=12)
+        )
         axis_of.set_major_formatter(plain)
     else:
         axis_of.set_major_locator(LogLocator(numticks=9))

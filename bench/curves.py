@@ -38,9 +38,9 @@ def against_particles(found: pd.DataFrame, problem: str, look: Mapping[str, Look
     title = f"Signal-to-noise ratio of one gradient against the number of particles: {problem}"
     figure.suptitle(title)
     caption = (
-        "Both axes logarithmic. Dotted guides have the slopes K^½ and K^−½ that theory gives for large K; where a curve runs depends on "
-        "the distance from the optimum, too. Within the shade, up to the dashed floor, a gradient of mean zero would look the same. "
-        "Bars are 95 % intervals."
+        "Both axes logarithmic. Dotted guides have slope ½ and −½, as theory gives them for large K; a curve also "
+        "depends on the distance from the optimum. Within the shade, up to the dashed floor, a gradient of mean zero "
+        "would look the same. Bars are 95 % intervals."
     )
     return Plot(f"snr-against-K-{problem}", title, caption, figure)
 
@@ -61,9 +61,14 @@ def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mappin
         dashes = ("-", "--", ":", "-.")[several[name].index(label) % 4] if len(several[name]) > 1 else look[name].line
         for axes, x in zip(row, ("step", "seconds"), strict=False):
             kept = line[line[x].notna()]
-            marks = max(1, len(kept) // 6)
-            sns.lineplot(data=kept, x=x, y="value", ax=axes, color=look[name].colour, linestyle=dashes, linewidth=1.4, errorbar=None,
-                         marker=look[name].marker, markersize=4.5, markevery=marks, markeredgewidth=0, legend=False)  # fmt: skip
+            mark = {
+                "marker": look[name].marker,
+                "markersize": 4.5,
+                "markevery": max(1, len(kept) // 6),
+                "markeredgewidth": 0,
+            }
+            line_of = {"color": look[name].colour, "linestyle": dashes, "linewidth": 1.4} | mark
+            sns.lineplot(data=kept, x=x, y="value", ax=axes, errorbar=None, legend=False, **line_of)
             axes.fill_between(kept[x], kept["low"], kept["high"], color=look[name].colour, alpha=0.16, linewidth=0)
             drawn[label] = axes.lines[-1]
     low, high = _worth_showing(found, final)
@@ -84,9 +89,18 @@ def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mappin
 
 def _line(axes: Any, line: pd.DataFrame, look: Look) -> Any:
     """A series with its intervals; returns what a legend shows."""
-    for mark in line.itertuples():
+    for mark in selection.records(line):
         canvas.point(axes, (mark.K, mark.value), (None, (mark.low, mark.high)), look.colour, marker=look.marker)
-    return axes.plot(line["K"], line["value"], color=look.colour, marker=look.marker, markersize=5.2, linewidth=1.3, linestyle=look.line, zorder=3)[0]
+    return axes.plot(
+        line["K"],
+        line["value"],
+        color=look.colour,
+        marker=look.marker,
+        markersize=5.2,
+        linewidth=1.3,
+        linestyle=look.line,
+        zorder=3,
+    )[0]
 
 
 def _slopes(axes: Any, of_group: pd.DataFrame) -> None:
@@ -98,7 +112,14 @@ def _slopes(axes: Any, of_group: pd.DataFrame) -> None:
         ends = [middle * (K / math.sqrt(left * right)) ** slope for K in (left, right)]
         axes.plot([left, right], ends, color="0.45", linewidth=0.9, linestyle=":", zorder=1, scaley=False)
         if low < ends[0] < high:
-            axes.annotate(word, (left, ends[0]), (2, -10 if slope > 0 else 4), textcoords="offset points", fontsize=7, color="0.35")
+            axes.annotate(
+                word,
+                (left, ends[0]),
+                (2, -10 if slope > 0 else 4),
+                textcoords="offset points",
+                fontsize=7,
+                color="0.35",
+            )
 
 
 def _worth_showing(found: pd.DataFrame, final: pd.Series) -> tuple[float, float]:

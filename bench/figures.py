@@ -20,7 +20,7 @@ def by_snapshot(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
         metric: of a parameter group, such as "variance" or "snr".
 
     Returns:
-        Columns model, snapshot, group, label, name, family, K, value, low, high, floor (NaN unless `metric` is the SNR).
+        Columns model, snapshot, group, label, name, family, K, value, low, high, floor (NaN for all but the SNR).
     """
     measured = selection.gradients(selection.tidy(rows))
     found = measured[(measured["metric"] == metric) & (measured["group"] != "") & measured["value"].map(math.isfinite)]
@@ -59,8 +59,8 @@ def cost_plane(rows: pd.DataFrame) -> pd.DataFrame:
     """Variance and time per gradient of every estimator measured for both, and which lie on the Pareto front.
 
     Returns:
-        Columns problem, group, label, name, family, K, seconds, seconds_low, seconds_high, value, low, high, front: no other
-        estimator of the problem and group is both faster and quieter (by the values, not their intervals).
+        Columns problem, group, label, name, family, K, seconds, seconds_low, seconds_high, value, low, high, front: no
+        other estimator of the problem and group is both faster and quieter (by the values, not their intervals).
     """
     measured = selection.measured(selection.tidy(rows))
     time = measured[measured["metric"] == "seconds_per_gradient"].set_index(["problem", "label"])[_INTERVAL]

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradiometer.bench import metrics
-from gradiometer.bench.gradients import Counted, Draw, NotRows, one, rows, trainable
+from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.moments import Accumulator, Array, Moments, shards
 from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.replicates import active_units, choose, chunk_size, draws, must_be_finite, per_replicate, projected
 from gradiometer.bench.statistics import Value, exact, jackknife
-from gradiometer.estimators.base import Estimator, State
-from gradiometer.estimators.noise import BLOCK, Rng
-from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
+from gradiometer.bench.training import settled
+from gradiometer.estimators.base import Estimator
 
 Engine = Literal["auto", "rows", "loop"]
-SETTLE = 300  # steps that tracked averages and learned modules get at the problem's parameters before they are frozen
-LOOP_FROM = 800  # rows per replicate (B x K) from which a plain loop is as fast as batching replicates
-
-
-class Failure(RuntimeError):
-    """A measurement that cannot give a number; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -202,11 +195,11 @@ def measure(
         if number == half and directions is None:
             directions = {group: _direction({n: sums[n].mean(half) for n in members}) for group, members in groups.items()}
         found: list[dict[str, Tensor]] = []
-        for draw in _draws(chosen, estimator, counted, x, seed, state, parameters, shard, size):
-            _must_be_finite(draw, shard)
+        for draw in draws(chosen, estimator, counted, x, seed, state, parameters, shard, size):
+            must_be_finite(draw, shard)
             for name, gradient in draw.gradients.items():
                 sums[name].fold(number, gradient)
-            found.append(_samples(estimator, draw.log_w) | _project(draw, groups, directions if number >= half else None))
+            found.append(per_replicate(estimator, draw.log_w) | projected(draw, groups, directions if number >= half else None))
         together = {key: torch.cat([f[key] for f in found]).double().cpu().numpy() for key in found[0]}
         for key in ("objective", "elbo", "iwelbo", "ess"):
             if key in together:
@@ -225,142 +218,10 @@ def measure(
         projections,
         samples,
         counted.evaluations / (replicates * len(x)),
-        active_units(problem, model),
+        None if problem.held_out is None else active_units(model, problem.held_out),
         chosen,
         size,
     )
-
-
-def settled(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:
-    """The estimator's memory after `SETTLE` steps at these parameters, on noise of its own."""
-    state = initial_state(estimator, model, x, seed)
-    if not (state.tracked or state.learned):
-        return state
-    learned = {g: m for g, m in trainable(model, state).items() if g in state.learned}
-    optimizer = torch.optim.Adam([p for members in learned.values() for p in members.values()] or [torch.zeros(1)], 1e-3)
-    for step in range(SETTLE):
-        rng = Rng(seed, step, "settle", x.device, block=1)
-        learning_step(estimator, model, x, rng, state, learned, optimizer)
-    return state
-
-
-def initial_state(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:
-    """Fresh memory; what it learns starts from the same values for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        state = estimator.init_state(model, x)
-    for module in state.learned.values():
-        module.to(x.device, x.dtype)
-    return state
-
-
-def learning_step(
-    estimator: Estimator,
-    model: Any,
-    x: Tensor,
-    rng: Rng,
-    state: State,
-    parameters: Mapping[str, Mapping[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
-) -> Draw:
-    """One step of gradient ascent on `parameters`, learned modules by their own terms too; tracked averages fold afterwards."""
-    seen: dict[str, Tensor] = {}
-    draw = one(estimator, model, x, rng, state, parameters, observe=seen.update)
-    extra = estimator.learn(model, x, rng, state)
-    for group, members in parameters.items():
-        wanted = list(members.values())
-        learnt = (
-            torch.autograd.grad(extra[group].mean(), wanted, retain_graph=True, allow_unused=True)
-            if group in extra
-            else [None] * len(wanted)
-        )
-        for (name, parameter), more in zip(members.items(), learnt, strict=True):
-            total = draw.gradients[name] if more is None else draw.gradients[name] + more
-            parameter.grad = -total
-    optimizer.step()
-    for name, observation in seen.items():
-        state.tracked[name].update(observation)
-    return draw
-
-
-def chunk_size(parameters: int, rows_each: int) -> int:
-    """Replicates per batch, so that neither their gradients (64 MiB) nor their activations grow with the problem."""
-    fit = min(2**24 // parameters, 2**15 // rows_each, 1024)
-    return max(fit // BLOCK, 1) * BLOCK
-
-
-def choose(estimator: Estimator, model: Any, x: Tensor, state: State, parameters: Any, seed: int) -> str:
-    """The engine for a cell; "rows" only after its first replicate has been seen to equal the slow twin's."""
-    if not estimator.facts.replicates_as_rows or estimator.facts.couples_data or len(x) * estimator.K >= LOOP_FROM:
-        return "loop"
-    try:
-        batched = rows(estimator, model, x, Rng(seed, range(2), "measure", x.device), state, parameters)
-    except NotRows as error:
-        warnings.warn(f"{estimator} is measured one replicate at a time: {error}", stacklevel=2)
-        return "loop"
-    single = one(estimator, model, x, Rng(seed, 1, "measure", x.device), state, parameters)
-    tolerance = math.sqrt(torch.finfo(x.dtype).eps)
-    for name, gradient in single.gradients.items():
-        off = (batched.gradients[name][1] - gradient).abs().max()
-        if not off <= tolerance * max(1e-6, float(gradient.abs().max())) * 10:
-            warnings.warn(
-                f"{estimator} is measured one replicate at a time: batched, its gradient of {name!r} differs by {float(off):.2g}",
-                stacklevel=2,
-            )
-            return "loop"
-    return "rows"
-
-
-def _draws(
-    engine: str,
-    estimator: Estimator,
-    model: Any,
-    x: Tensor,
-    seed: int,
-    state: State,
-    parameters: Any,
-    shard: range,
-    size: int,
-) -> Iterator[Draw]:
-    if engine == "rows":
-        for start in range(shard.start, shard.stop, size):
-            replicates = range(start, min(start + size, shard.stop))
-            yield rows(estimator, model, x, Rng(seed, replicates, "measure", x.device), state, parameters)
-        return
-    for replicate in shard:
-        draw = one(estimator, model, x, Rng(seed, replicate, "measure", x.device), state, parameters)
-        log_w = None if draw.log_w is None else draw.log_w.unsqueeze(1)  # [K, 1, B]
-        yield Draw({name: g.unsqueeze(0) for name, g in draw.gradients.items()}, log_w)
-
-
-def _must_be_finite(draw: Draw, shard: range) -> None:
-    for name, gradient in draw.gradients.items():
-        if not gradient.isfinite().all():
-            raise Failure(f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}")
-
-
-def _samples(estimator: Estimator, log_w: Tensor | None) -> dict[str, Tensor]:
-    """Per replicate, means over the minibatch, ``[r]``, from ``log_w [K, r, B]``."""
-    if log_w is None:
-        return {}
-    values = {
-        "objective": estimator.objective(log_w),
-        "elbo": log_w.mean(0),
-        "iwelbo": log_mean_exp(log_w),
-        "ess": effective_sample_size(log_w),
-    }
-    return {name: value.mean(-1) for name, value in values.items()}
-
-
-def _project(draw: Draw, groups: Mapping[str, tuple[str, ...]], directions: Any) -> dict[str, Tensor]:
-    if directions is None:
-        return {}
-    found = {}
-    for group, members in groups.items():
-        pairs = [(draw.gradients[name].flatten(1).double(), directions[group][name]) for name in members]
-        found[f"along {group}"] = torch.stack([g @ u.flatten() for g, u in pairs]).sum(0)
-        found[f"squared {group}"] = torch.stack([g.square().sum(1) for g, _ in pairs]).sum(0)
-    return found
 
 
 def _direction(mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -390,16 +251,3 @@ def _mean(parts: list[Array]) -> Value:
     totals, counts = np.array([part.sum() for part in parts]), np.array([len(part) for part in parts])
     without = (totals.sum() - totals) / (counts.sum() - counts)
     return jackknife(float(totals.sum() / counts.sum()), list(without), positive=False)
-
-
-def active_units(problem: Problem, model: Any) -> int | None:
-    """Latents whose posterior mean has a variance over the held-out data above 0.01 (Burda et al. 2016)."""
-    if problem.held_out is None:
-        return None
-    with torch.no_grad():
-        guide = model.guide(problem.held_out.to(problem.x.device, next(model.parameters()).dtype))
-        try:
-            means = guide.mean
-        except NotImplementedError:
-            means = Rng(0, 0, "units", block=1).sample(guide, 64).mean(0)
-    return int((means.var(0) > 0.01).sum())

@@ -1,4 +1,4 @@
-"""How estimators look: one colour and marker each, the same in every figure of a report, distinct without colour vision."""
+"""How estimators look: one colour and marker each, the same in every figure, distinct without colour vision."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _LINES = ("-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class Look:
-    """A colour, a marker and a line style, as matplotlib names them; the colour its family shares, if it is a shade of one."""
+    """A colour, a marker and a line style, as matplotlib names them; its family's colour, if it is a shade of that."""
 
     colour: str
     marker: str

@@ -9,10 +9,13 @@ __all__ = ["place_labels"]
 
 _RADII = (7.0, 13.0, 21.0, 31.0, 43.0)  # points
 _SIZE = 7.0  # of the letters, in points
+_VEIL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
 _ANGLES = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 215))
 
 
-def place_labels(axes: Any, points: Sequence[tuple[float, float]], texts: Sequence[str], lines: Sequence[Any] = ()) -> None:
+def place_labels(
+    axes: Any, points: Sequence[tuple[float, float]], texts: Sequence[str], lines: Sequence[Any] = ()
+) -> None:
     """Write each text near its point, nearest free place first, with a thin line to the point where it had to go far.
 
     Args:
@@ -28,7 +31,9 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float]], texts: Sequen
     inside = axes.get_window_extent(renderer)
     taken = [_around(x, y, 4 * scale, 4 * scale) for x, y in pixels]
     taken += [_around(*dot, 2 * scale, 2 * scale) for line in lines for dot in _dots(line, 3 * scale)]
-    for number in sorted(range(len(points)), key=lambda i: pixels[i], reverse=True):  # the rightmost takes its right side
+    for number in sorted(
+        range(len(points)), key=lambda i: pixels[i], reverse=True
+    ):  # the rightmost takes its right side
         x, y = pixels[number]
         probe = axes.text(0, 0, texts[number], fontsize=_SIZE)
         extent = probe.get_window_extent(renderer)
@@ -47,7 +52,15 @@ def place_labels(axes: Any, points: Sequence[tuple[float, float]], texts: Sequen
         line = {"arrowstyle": "-", "color": "0.55", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3} if far else None
         offset = ((where[0] - x) / scale, (where[1] - y) / scale)
         axes.annotate(
-            texts[number], points[number], offset, textcoords="offset points", fontsize=_SIZE, ha="center", va="center", arrowprops=line
+            texts[number],
+            points[number],
+            offset,
+            textcoords="offset points",
+            fontsize=_SIZE,
+            ha="center",
+            va="center",
+            arrowprops=line,
+            bbox=_VEIL,
         )
 
 
@@ -56,7 +69,9 @@ def _dots(line: Any, apart: float) -> Iterator[tuple[float, float]]:
     path = line.get_transform().transform_path(line.get_path())
     corners = [tuple(map(float, corner)) for corner in path.vertices]
     if line.get_drawstyle() == "steps-post":
-        corners = [corners[0], *(dot for a, b in itertools.pairwise(corners) for dot in ((b[0], a[1]), b))] if corners else []
+        corners = (
+            [corners[0], *(dot for a, b in itertools.pairwise(corners) for dot in ((b[0], a[1]), b))] if corners else []
+        )
     for (x0, y0), (x1, y1) in itertools.pairwise(corners):
         steps = max(1, math.ceil(math.hypot(x1 - x0, y1 - y0) / apart))
         yield from ((x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1))

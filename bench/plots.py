@@ -1,4 +1,4 @@
-"""The figures of a report, drawn from the frames of `figures`; seaborn and matplotlib are imported when the first is drawn."""
+"""The figures of a report, drawn from the frames of `figures`; what draws is imported when the first is drawn."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -23,9 +23,10 @@ _WORDS = {
     "snr": "Signal-to-noise ratio of one gradient, mean over coordinates",
 }
 _READ = {
-    "variance": "Trace of the covariance over a group's parameters, at fixed parameters and a fixed minibatch; further left is quieter.",
-    "snr": "|mean|/standard deviation per coordinate, averaged; further right is better. Within the shade, up to the dashed floor, "
-    "a gradient of mean zero would look the same.",
+    "variance": "Trace of the covariance over a group's parameters, at fixed parameters and a fixed minibatch; further "
+    "left is quieter.",
+    "snr": "|mean|/standard deviation per coordinate, averaged; further right is better. Within the shade, up to the "
+    "dashed floor, a gradient of mean zero would look the same.",
 }
 
 
@@ -37,7 +38,11 @@ def plots(rows: pd.DataFrame) -> list[Plot]:
     """
     look = looks(selection.tidy(rows))
     with canvas.style():
-        return [plot for draw in (_by_snapshots, _against_particles, _cost_planes, _learning_curves) for plot in draw(rows, look)]
+        return [
+            plot
+            for draw in (_by_snapshots, _against_particles, _cost_planes, _learning_curves)
+            for plot in draw(rows, look)
+        ]
 
 
 def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str, Look]) -> Plot:
@@ -49,11 +54,13 @@ def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str,
     for axes, group in zip(row, groups, strict=True):
         of_group = found[(found["group"] == group) & (found["value"] > 0)]
         axes.set_xscale("log")
-        for mark in of_group.itertuples():
+        for mark in selection.records(of_group):
             at = (mark.value, order[mark.label] + dodges[mark.snapshot])
             colour = look[mark.name].colour
             fill = canvas.blended(colour, _FILLED.get(mark.snapshot, 1.0))
-            canvas.point(axes, at, ((mark.low, mark.high), None), colour, marker=look[mark.name].marker, markerfacecolor=fill)
+            canvas.point(
+                axes, at, ((mark.low, mark.high), None), colour, marker=look[mark.name].marker, markerfacecolor=fill
+            )
         for band in range(0, len(order), 2):
             axes.axhspan(band - 0.5, band + 0.5, color="0.96", linewidth=0, zorder=0)
         if not of_group.empty:
@@ -73,34 +80,60 @@ def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str,
 
 
 def cost_plane(found: pd.DataFrame, problem: str, look: Mapping[str, Look]) -> Plot:
-    """Variance against time per gradient, a panel per group, with lines of equal variance x time and the Pareto front."""
+    """Variance against time per gradient, a panel per group, with lines of equal variance x time and Pareto front."""
     groups = selection.group_order(found["group"])
     wide = 3.4 if found["label"].nunique() <= 10 else 4.2
     figure, row = canvas.panels(groups, wide * len(groups), 0.95 * wide)
     for axes, group in zip(row, groups, strict=True):
         points = found[found["group"] == group]
-        axes.set(xscale="log", yscale="log", xlabel="time per gradient [s]", ylabel=f"variance [{unit_text(METRICS['variance'].unit)}]")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="time per gradient [s]",
+            ylabel=f"variance [{unit_text(METRICS['variance'].unit)}]",
+        )
         canvas.decades(axes.xaxis, points["seconds"].min() / 1.3, points["seconds"].max() * 1.3)
         canvas.decades(axes.yaxis, points["value"].min() / 1.5, points["value"].max() * 1.5)
         axes.grid(False)
         _equal_products(axes)
-        for mark in points.itertuples():
-            edge = {"markeredgecolor": "black", "markersize": 7} if mark.front else {"markeredgecolor": "white", "markersize": 6.5, "markeredgewidth": 0.6}
+        for mark in selection.records(points):
+            edge = (
+                {"markeredgecolor": "black", "markersize": 7}
+                if mark.front
+                else {"markeredgecolor": "white", "markersize": 6.5, "markeredgewidth": 0.6}
+            )
             intervals = ((mark.seconds_low, mark.seconds_high), (mark.low, mark.high))
-            canvas.point(axes, (mark.seconds, mark.value), intervals, look[mark.name].colour, marker=look[mark.name].marker, **edge)
+            canvas.point(
+                axes,
+                (mark.seconds, mark.value),
+                intervals,
+                look[mark.name].colour,
+                marker=look[mark.name].marker,
+                **edge,
+            )
         front = points[points["front"]].sort_values("seconds")
-        axes.plot(front["seconds"], front["value"], color="0.15", linewidth=1.0, linestyle=(0, (4, 2)), drawstyle="steps-post", zorder=2)
+        axes.plot(
+            front["seconds"],
+            front["value"],
+            color="0.15",
+            linewidth=1.0,
+            linestyle=(0, (4, 2)),
+            drawstyle="steps-post",
+            zorder=2,
+        )
     title = f"What a gradient costs and how noisy it is: {problem}"
     figure.suptitle(title)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes, group in zip(row, groups, strict=True):
         points = found[found["group"] == group]
-        place_labels(axes, list(zip(points["seconds"], points["value"], strict=True)), points["label"].tolist(), axes.lines[-1:])
+        place_labels(
+            axes, list(zip(points["seconds"], points["value"], strict=True)), points["label"].tolist(), axes.lines[-1:]
+        )
     caption = (
-        "Time against variance, both logarithmic: further down and left is better. On a grey line variance × time is the same, so a "
-        "fixed time budget buys the same error; each line is worth ten of the next. The dashed steps and black rims mark the Pareto "
-        "front: nothing measured is both faster and quieter. Bars are 95 % intervals."
+        "Time against variance, both logarithmic: further down and left is better. On a grey line variance × time is "
+        "the same, so a fixed time budget buys the same error; each line is worth ten of the next. The dashed steps "
+        "and black rims mark the Pareto front: nothing measured is both faster and quieter. Bars are 95 % intervals."
     )
     return Plot(f"cost-{problem}", title, caption, figure)
 
@@ -143,16 +176,26 @@ def _legend(figure: Any, snapshots: list[str], found: pd.DataFrame, look: Mappin
     """What fillings mean, where there are snapshots, and colours, where they are families'."""
     from matplotlib.lines import Line2D
 
-    mark = {"marker": "o", "markersize": 5, "linestyle": "none"}
+    mark: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": "none"}
     marks = {}
     for name in snapshots if len(snapshots) > 1 else []:
-        marks[f"@{name}"] = Line2D([], [], color="0.25", markerfacecolor=canvas.blended("0.25", _FILLED.get(name, 1.0)), **mark)
+        marks[f"@{name}"] = Line2D(
+            [], [], color="0.25", markerfacecolor=canvas.blended("0.25", _FILLED.get(name, 1.0)), **mark
+        )
     families = found.drop_duplicates("family").sort_values("family")
     for family, name in families[["family", "name"]].to_numpy():
-        if look[name].family:
+        if look[name].family and len(families) > 1:
             marks[family] = Line2D([], [], color=look[name].family, **mark)
     if marks:
-        figure.legend(marks.values(), marks, loc="outside lower center", ncols=4, frameon=False, columnspacing=1.2, handletextpad=0.3)
+        figure.legend(
+            marks.values(),
+            marks,
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+            columnspacing=1.2,
+            handletextpad=0.3,
+        )
 
 
 def _equal_products(axes: Any) -> None:
@@ -160,4 +203,12 @@ def _equal_products(axes: Any) -> None:
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     powers = range(math.ceil(math.log10(left * low)), math.floor(math.log10(right * high)) + 1)
     for power in powers:
-        axes.plot([left, right], [10.0**power / left, 10.0**power / right], color="0.8", linewidth=0.7, zorder=1, scalex=False, scaley=False)
+        axes.plot(
+            [left, right],
+            [10.0**power / left, 10.0**power / right],
+            color="0.8",
+            linewidth=0.7,
+            zorder=1,
+            scalex=False,
+            scaley=False,
+        )

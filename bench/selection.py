@@ -1,36 +1,49 @@
 """What tables and figures take from rows: the measured cells, their display names and their order."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pandas as pd
 
-__all__ = ["cost", "gradients", "group_order", "in_order", "measured", "problem_order", "snapshot_order", "tidy", "training", "unmeasured"]
+__all__ = [
+    "cost",
+    "gradients",
+    "group_order",
+    "in_order",
+    "measured",
+    "problem_order",
+    "snapshot_order",
+    "tidy",
+    "training",
+    "unmeasured",
+]
 
-_DEFAULTS = {
-    "suite": "", "cell": "", "kind": "gradient", "problem": "", "model": "", "dataset": "", "snapshot": "", "step": float("nan"),
-    "seconds": float("nan"), "estimator": "", "family": "", "K": float("nan"), "B": float("nan"), "evaluations": float("nan"),
-    "seed": 0, "device": "", "dtype": "", "group": "", "tensor": "", "metric": "", "randomness": "estimator", "unit": "",
-    "value": float("nan"), "stderr": float("nan"), "low": float("nan"), "high": float("nan"), "replicates": float("nan"),
-    "checked": False, "status": "ok", "reason": "", "jackknife": None,
-}  # fmt: skip
-_TEXT = [name for name, default in _DEFAULTS.items() if isinstance(default, str)]
-_NUMBERS = [name for name, default in _DEFAULTS.items() if isinstance(default, float)]
+_TEXT = (
+    *("suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "estimator", "family", "device", "dtype"),
+    *("group", "tensor", "metric", "randomness", "unit", "status", "reason"),
+)
+_NUMBERS = ("step", "seconds", "K", "B", "evaluations", "value", "stderr", "low", "high", "replicates")
+_DEFAULTS: dict[str, Any] = dict.fromkeys(_TEXT, "") | dict.fromkeys(_NUMBERS, math.nan)
+_DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "jackknife": None}
 _SETTINGS = {"B": "B", "device": "device", "dtype": "dtype"}
 _SNAPSHOTS = ("init", "early", "late")
 _GROUPS = ("generative", "inference")
 
 
 def tidy(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with every column that reports read, and three more: how a line of a table, a series and a colour are called.
+    """Rows with every column that reports read, and three more: how a line, a series and a colour are called.
 
     Args:
         rows: as the store yields them; columns that are absent get their defaults, so a bare measurement's rows do too.
 
     Returns:
-        The rows of parameter groups, without repetitions, with `label` (the estimator's word, with the settings in which its
-        problem's cells differ), `series` (the word without K) and `name` (without any parameter).
+        The rows of parameter groups, without repetitions, with `label` (the estimator's word, with the settings in
+        which its problem's cells differ), `series` (the word without K) and `name` (without any parameter).
     """
-    columns = {name: rows[name] if name in rows else pd.Series([default] * len(rows)) for name, default in _DEFAULTS.items()}
+    columns = {
+        name: rows[name] if name in rows else pd.Series([default] * len(rows)) for name, default in _DEFAULTS.items()
+    }
     found = pd.DataFrame({name: column.to_numpy() for name, column in columns.items()})
     for name in _TEXT:
         found[name] = found[name].astype(object).where(found[name].notna(), "").astype(str)
@@ -48,7 +61,12 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
         found.loc[cells.index, "label"] = _labels(cells)
     key = ["kind", "problem", "label", "seed", "group", "metric", "step", "status", "reason"]
     # where two suites measured the same, the one with more replicates counts
-    return found.sort_values("replicates", ascending=False, kind="stable").drop_duplicates(key).sort_index().reset_index(drop=True)
+    return (
+        found.sort_values("replicates", ascending=False, kind="stable")
+        .drop_duplicates(key)
+        .sort_index()
+        .reset_index(drop=True)
+    )
 
 
 def gradients(tidied: pd.DataFrame) -> pd.DataFrame:
@@ -56,7 +74,9 @@ def gradients(tidied: pd.DataFrame) -> pd.DataFrame:
     found = tidied[(tidied["kind"] == "gradient") & (tidied["status"] == "ok") & (tidied["metric"] != "")].copy()
     several = found.groupby(["problem", "label", "group", "metric"])["seed"].transform("nunique") > 1
     found["configuration"] = found["label"]
-    found.loc[several, "label"] = [f"{label} [seed {s}]" for label, s in found.loc[several, ["label", "seed"]].to_numpy()]
+    found.loc[several, "label"] = [
+        f"{label} [seed {s}]" for label, s in found.loc[several, ["label", "seed"]].to_numpy()
+    ]
     return found
 
 
@@ -86,6 +106,11 @@ def unmeasured(tidied: pd.DataFrame) -> pd.DataFrame:
     found = tidied[tidied["status"].isin(["skipped", "failed"])]
     columns = ["problem", "label", "status", "reason"]
     return found.drop_duplicates(columns).sort_values(["status", "problem", "label"])[columns].reset_index(drop=True)
+
+
+def records(frame: pd.DataFrame) -> Iterator[Any]:
+    """The rows of a frame one by one, their columns as attributes."""
+    return iter(frame.itertuples())
 
 
 def group_order(groups: Iterable[str]) -> list[str]:

@@ -27,7 +27,9 @@ _HEADINGS = {
     "variance_seconds": "variance × time",
     "variance_evaluations": "variance × evaluations",
 }
-SEPARATED = "Bold: best of its column, with a 95 % interval that overlaps no other; where intervals overlap, nothing is bold."
+SEPARATED = (
+    "Bold: best of its column, with a 95 % interval that overlaps no other; where intervals overlap, nothing is bold."
+)
 UNRANKED = "Objectives of different estimators are different bounds, so their values are not ranked."
 CLAIM = "that it is the gradient it claims to be is untested."
 AT_FLOOR = "at the floor: the interval reaches what a gradient of mean zero would show."
@@ -110,7 +112,9 @@ def tables(rows: pd.DataFrame) -> list[Table]:
             found.append(table_of(measured, GRADIENT, problem, group, f"gradient of the {group} parameters"))
         found.append(table_of(measured, VALUES + COST, problem, "", "objective and cost"))
         found.append(table_of(_final(selection.training(of_problem)), TRAINING, problem, "", "after training"))
-        missing = tuple(selection.unmeasured(of_problem)[["label", "status", "reason"]].itertuples(index=False, name=None))
+        missing = tuple(
+            selection.unmeasured(of_problem)[["label", "status", "reason"]].itertuples(index=False, name=None)
+        )
         if missing:
             found.append(Table(f"{problem}-unmeasured", f"{problem}: not measured", problem, "", (), (), (), missing))
     return _beneath([table for table in found if table is not None])
@@ -155,17 +159,25 @@ def table_of(rows: pd.DataFrame, metrics: tuple[str, ...], problem: str, group: 
             cells.append(by_label)
     words = selection.in_order(wanted).drop_duplicates("label")
     lines = tuple(
-        Line(word.label, None if math.isnan(word.K) else int(word.K), word.evaluations, word.checked, tuple(by.get(word.label) for by in cells))
-        for word in words.itertuples()
+        Line(
+            word.label,
+            None if math.isnan(word.K) else int(word.K),
+            word.evaluations,
+            word.checked,
+            tuple(by.get(word.label) for by in cells),
+        )
+        for word in selection.records(words)
     )
-    table = Table(f"{problem}-{title.replace(' ', '-')}", f"{problem}: {title}", problem, group, tuple(columns), lines, ())
+    table = Table(
+        f"{problem}-{title.replace(' ', '-')}", f"{problem}: {title}", problem, group, tuple(columns), lines, ()
+    )
     return replace(table, notes=tuple(_notes(table, wanted[wanted["stderr"] > 0])))
 
 
 def _column(metric: str, of_metric: pd.DataFrame, *, ranked: bool) -> tuple[Column, dict[str, Cell]]:
     """A column and its cells by label; the winner is bold if its interval overlaps no other."""
-    numbers = of_metric[["value", "stderr", "low", "high"]]
-    cells = {str(label): Cell(*map(float, row)) for label, row in zip(numbers.index, numbers.to_numpy(), strict=True)}
+    rows = selection.records(of_metric)
+    cells = {row.Index: Cell(float(row.value), float(row.stderr), float(row.low), float(row.high)) for row in rows}
     better = METRICS[metric].better if metric in METRICS and ranked else ""
     unit = unit_text(str(of_metric["unit"].iloc[0]))
     exponent = shared_exponent((cell.value, cell.stderr) for cell in cells.values())

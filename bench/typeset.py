@@ -12,7 +12,10 @@ from gradiometer.bench.uncertain import SUPERSCRIPTS, Printed
 __all__ = ["csv", "html_cell", "html_text", "latex", "markdown", "stem"]
 
 NOTHING = "–"
-_SHRUNK = "\\footnotesize\\setlength{\\tabcolsep}{3pt}\n\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+_SHRUNK = (
+    "\\footnotesize\\setlength{\\tabcolsep}{3pt}\n"
+    "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+)
 _SUPERSCRIPT = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _BACK = {superscript: plain for plain, superscript in ((chr(k), chr(v)) for k, v in SUPERSCRIPTS.items())}
 
@@ -31,15 +34,26 @@ def markdown(table: Table) -> str:
     parts = [f"### {table.title}", ""]
     if table.lines:
         heads = ["estimator", "K", "evaluations", *(_head(column) for column in table.columns)]
-        body = [[_word(table, line, "`{}`"), *counts(line), *(_markdown_cell(*pair) for pair in _pairs(table, line))] for line in table.lines]
+        body = [
+            [_word(table, line, "`{}`"), *counts(line), *(_markdown_cell(*pair) for pair in _pairs(table, line))]
+            for line in table.lines
+        ]
         body = [[text.replace("|", "\\|") for text in line] for line in body]
         widths = [max(3, *(len(text) for text in column)) for column in zip(heads, *body, strict=True)]
         rules = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-        padded = [[line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))] for line in (heads, rules, *body)]
+        padded = [
+            [line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))]
+            for line in (heads, rules, *body)
+        ]
         parts += [*("| " + " | ".join(line) + " |" for line in padded), ""]
     parts += [line for note in table.notes for line in (f"{note}", "")]
     if table.unmeasured:
-        parts += ["Not measured:", "", *(f"* `{word}` {status}: {reason.replace('<', '&lt;')}" for word, status, reason in table.unmeasured), ""]
+        parts += [
+            "Not measured:",
+            "",
+            *(f"* `{word}` {status}: {reason.replace('<', '&lt;')}" for word, status, reason in table.unmeasured),
+            "",
+        ]
     return "\n".join(parts)
 
 
@@ -48,13 +62,18 @@ def latex(table: Table) -> str:
     heads = [("estimator", ""), ("$K$", ""), ("evaluations", "")]
     heads += [(_latex_text(column.heading), _latex_text(unit_of(column))) for column in table.columns]
     body = [
-        [_latex_text(line.label) + (r"$^\dagger$" if _marked(table, line) else ""), *(_latex_text(c) for c in counts(line))]
+        [
+            _latex_text(line.label) + (r"$^\dagger$" if _marked(table, line) else ""),
+            *(_latex_text(c) for c in counts(line)),
+        ]
         + [_latex_cell(*pair) for pair in _pairs(table, line)]
         for line in table.lines
     ]
     notes = [_latex_text(note).replace("†", r"$^\dagger$").replace("‡", r"$^\ddagger$") for note in table.notes]
     missing = [_latex_text(f"{word} {status}: {reason}.") for word, status, reason in table.unmeasured]
-    beneath = "".join(f"\\par\\smallskip\\noindent{{\\footnotesize {text}}}\n" for text in (" ".join(notes), *missing) if text)
+    beneath = "".join(
+        f"\\par\\smallskip\\noindent{{\\footnotesize {text}}}\n" for text in (" ".join(notes), *missing) if text
+    )
     if not table.lines:
         return beneath
     styler = pd.DataFrame(body, columns=pd.MultiIndex.from_tuples(heads)).style.hide(axis="index")
@@ -83,7 +102,9 @@ def csv(table: Table) -> str:
                 numbers[f"{column.metric} {name}"] = getattr(cell, name) if cell else None
         lines.append(numbers | {"status": "ok", "reason": ""})
     for word, status, reason in table.unmeasured:
-        lines.append({"problem": table.problem, "group": table.group, "estimator": word, "status": status, "reason": reason})
+        lines.append(
+            {"problem": table.problem, "group": table.group, "estimator": word, "status": status, "reason": reason}
+        )
     frame = pd.DataFrame(lines)
     frame["K"] = frame["K"].astype("Int64") if "K" in frame else None
     return frame.to_csv(index=False, lineterminator="\n")
@@ -103,13 +124,18 @@ def html_cell(column: Column, cell: Cell | None) -> Markup:
 
 def html_text(text: str) -> Markup:
     """Text of ours with `code` and ``code`` between backticks as such; everything else escaped."""
-    pieces = re.split(r"`+([^`]+)`+", text)
-    return Markup("").join(Markup("<code>{}</code>").format(piece) if i % 2 else escape(piece) for i, piece in enumerate(pieces))
+    pieces = re.split(r"`+([^`]+)`+", re.sub(r"(?<=[ (])-(?=\d)", "−", text))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if i % 2 else escape(piece) for i, piece in enumerate(pieces)
+    )
 
 
 def counts(line: Line) -> tuple[str, str]:
     """K and evaluations as they are printed."""
-    return (NOTHING if line.K is None else str(line.K), NOTHING if line.evaluations != line.evaluations else f"{line.evaluations:g}")
+    return (
+        NOTHING if line.K is None else str(line.K),
+        NOTHING if line.evaluations != line.evaluations else f"{line.evaluations:g}",
+    )
 
 
 def stem(name: str) -> str:
@@ -172,10 +198,9 @@ def _latex_cell(column: Column, cell: Cell | None) -> str:
     return f"${body}$" + (r"$^\ddagger$" if cell.at_floor else "")
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "#": r"\#", "$": r"\$", "%": r"\%", "&": r"\&", "_": r"\_",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "×": r"$\times$", "±": r"$\pm$", "<": "$<$", ">": "$>$", "|": "$|$", "≤": r"$\leq$", "≥": r"$\geq$",
-}  # fmt: skip
+_LATEX = {character: f"\\{character}" for character in "{}#$%&_"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+_LATEX |= {"×": r"$\times$", "±": r"$\pm$", "≤": r"$\leq$", "≥": r"$\geq$", "<": "$<$", ">": "$>$", "|": "$|$"}
 
 
 def _latex_text(text: str) -> str:

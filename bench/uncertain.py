@@ -48,13 +48,16 @@ def format_uncertain(value: float, stderr: float) -> str:
 def format_interval(value: float, low: float, high: float) -> str:
     """A value with its interval, to the digits that the interval's width leaves meaning.
 
-    >>> format_interval(12.3456, 11.8, 12.9), format_interval(41234.0, 38000.0, 44000.0)
-    ('12.35 (11.80 to 12.90)', '41200 (38000 to 44000)')
+    >>> format_interval(12.3456, 11.8, 12.9), format_interval(41234.0, 39900.0, 42600.0), format_interval(0.5, 0.5, 0.5)
+    ('12.3 (11.8 to 12.9)', '41200 (39900 to 42600)', '0.5')
     """
     half = (high - low) / 2
     if not (math.isfinite(half) and half > 0):
         return f"{value:.3g}"
-    shown = [_plain(Decimal(repr(float(v))), _place(half)) for v in (value, low, high)]
+    place = _place(half) + (
+        float(f"{half:.1e}"[:3]) >= 3
+    )  # one digit of the half-width says enough, unless it is a 1 or 2
+    shown = [_plain(Decimal(repr(float(v))), place) for v in (value, low, high)]
     return "{} ({} to {})".format(*shown)
 
 

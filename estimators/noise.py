@@ -34,6 +34,8 @@ class Rng:
             distribution drawn from is then the replicate axis, ``(R, B)``, and row ``i`` gets the noise of replicate ``replicates[i]``).
         stream: separates uses that must not share noise ("measure", "settle", "train").
         block: replicates that share a generator; 1 where replicates are never batched, so that no draw is wasted.
+        held: a dictionary that a loop over replicates hands to each of its sources, so that a block is drawn once and not
+            once per replicate.
         device: where draws are returned. They are made on the CPU and in float32, so that every device and dtype sees the same noise.
 
     Example:
@@ -51,12 +53,14 @@ class Rng:
         stream: str = "measure",
         device: torch.device | str = "cpu",
         block: int = BLOCK,
+        held: dict[int, tuple[int, Tensor]] | None = None,
     ) -> None:
         self.seed = seed
         self.replicates = replicates
         self.stream = stream
         self.device = torch.device(device)
         self.block = block
+        self._held = held
         self._ordinal = 0
 
     def rsample(self, q: Distribution, particles: int | None = None) -> Tensor:
@@ -111,12 +115,22 @@ class Rng:
                 )
             inner = shape[:axis] + shape[axis + 1 :]
         first, last = wanted.start // self.block, (wanted.stop - 1) // self.block
-        rows = torch.empty((last - first + 1) * self.block, *inner)
-        for block in range(first, last + 1):
-            fill(rows[(block - first) * self.block :][: self.block], self._generator(block))
+        rows = self._blocks(range(first, last + 1), inner, fill)
         self._ordinal += 1
         rows = rows[wanted.start - first * self.block :][: len(wanted)].to(self.device)
         return rows[0] if isinstance(self.replicates, int) else rows.movedim(0, axis)
+
+    def _blocks(self, blocks: range, inner: Size, fill: Callable[[Tensor, torch.Generator], object]) -> Tensor:
+        if self._held is not None and len(blocks) == 1:
+            known, rows = self._held.get(self._ordinal, (-1, None))
+            if known == blocks.start and rows is not None and rows.shape[1:] == inner:
+                return rows
+        rows = torch.empty(len(blocks) * self.block, *inner)
+        for i, block in enumerate(blocks):
+            fill(rows[i * self.block :][: self.block], self._generator(block))
+        if self._held is not None and len(blocks) == 1:
+            self._held[self._ordinal] = (blocks.start, rows)
+        return rows
 
     def _generator(self, block: int) -> torch.Generator:
         return torch.Generator().manual_seed(self._key(block))

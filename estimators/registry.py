@@ -18,6 +18,7 @@ from gradiometer.estimators.base import Estimator
 _REGISTRY: dict[str, type[Estimator]] = {}
 _STAIRS = {"noise", "weights", "base", "registry"}
 E = TypeVar("E", bound=type[Estimator])
+T = TypeVar("T")
 
 
 def register(cls: E) -> E:
@@ -74,18 +75,26 @@ def parse(word: str) -> Estimator:
     name, _, settings = word.partition(":")
     known = _REGISTRY if name in _REGISTRY else catalogue()
     if name not in known:
-        raise ValueError(f"unknown estimator {name!r}{_nearest(name, list(known))}")
-    cls, values = known[name], {}
-    types = get_type_hints(cls)
-    options = [f.name for f in fields(cls)]
+        raise ValueError(f"unknown estimator {name!r}{nearest(name, list(known))}")
+    return configured(known[name], name, settings)
+
+
+def configured(cls: type[T], name: str, settings: str) -> T:
+    """A dataclass built from ``key=value,key=value``; `name` is what messages call it.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type, or whatever the class itself refuses.
+    """
+    types, values = get_type_hints(cls), {}
+    options = [f.name for f in fields(cls)]  # type: ignore[arg-type]
     for setting in filter(None, settings.split(",")):
         key, equals, text = setting.partition("=")
         if not equals:
-            raise ValueError(f"{setting!r} in {word!r} should read key=value, as in {name}:K=8")
+            raise ValueError(f"{setting!r} in {name}:{settings} should read key=value")
         if key not in options:
-            raise ValueError(f"{name} has no option {key!r}{_nearest(key, options)}")
+            raise ValueError(f"{name} has no option {key!r}{nearest(key, options)}")
         if key in values:
-            raise ValueError(f"{key!r} is given twice in {word!r}")
+            raise ValueError(f"{key!r} is given twice in {name}:{settings}")
         values[key] = _convert(text, types[key], f"{key} of {name}")
     return cls(**values)
 
@@ -108,6 +117,7 @@ def _convert(text: str, kind: object, what: str) -> object:
     return text
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown word: the nearest known one, or all of them."""
     matches = get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"

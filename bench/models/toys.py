@@ -45,14 +45,15 @@ class GaussianToy(nn.Module):
         return torch.distributions.kl_divergence(q, self.prior(q))
 
     def place(self, x: Tensor, distance: float, generator: torch.Generator) -> None:
-        """Put every parameter at the optimum for the data `x` ``[N, D]`` plus ``N(0, distance^2)`` noise of its own."""
+        """Put each parameter tensor at Euclidean `distance` from its optimum for the data `x` ``[N, D]``, in a random direction."""
         optimum = x.mean(0)
         with torch.no_grad():
             self.mu.weight.copy_(optimum.unsqueeze(1))
             self.encoder.weight.copy_(torch.eye(len(optimum)) / 2)
             self.encoder.bias.copy_(optimum / 2)
             for parameter in self.parameters():
-                parameter.add_(distance * torch.randn(parameter.shape, generator=generator))
+                direction = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(distance * direction / direction.norm())
 
 
 class Expectation(nn.Module):

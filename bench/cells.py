@@ -1,0 +1,186 @@
+"""A cell is one measurement of a suite: what is asked, the key that everything behind its numbers hashes to, and its rows."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradiometer.bench.cost import cost
+from gradiometer.bench.machine import processor
+from gradiometer.bench.measure import Engine, measure, row_of
+from gradiometer.bench.metrics import METRICS
+from gradiometer.bench.named import fresh, held_out_of, named_problem
+from gradiometer.bench.problems import reason_to_skip
+from gradiometer.bench.statistics import jackknife
+from gradiometer.bench.training import Recipe, train
+from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.registry import parse
+from gradiometer.estimators.weights import log_mean_exp
+
+# What can change a number: these modules, the estimator's own and what its words name. Comments do not count.
+FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
+HARNESS = (
+    "bench.gradients", "bench.replicates", "bench.moments", "bench.measure", "bench.training", "bench.cost",
+    "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys",
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+EVALUATION_PARTICLES = 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement; every field can change its numbers."""
+
+    kind: Literal["gradient", "cost", "training"]
+    problem: str
+    estimator: str
+    batch: int
+    seed: int = 0
+    replicates: int = 0
+    reference: str = ""
+    engine: Engine = "auto"
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    steps: int = 0
+    every: int = 0
+    learning_rate: float = 1e-3
+    seconds: float = 0.5
+
+    def __str__(self) -> str:
+        at = f" seed {self.seed}" if self.kind == "training" else ""
+        return f"{self.kind} of {self.estimator} on {self.problem}{at}"
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The hash of everything that can change the cell's numbers."""
+        decided: dict[str, Any] = {"cell": asdict(self), "torch": torch.__version__}
+        modules = [type(parse(word)).__module__ for word in (self.estimator, self.reference) if word]
+        decided["sources"] = [_source(f"gradiometer.{name}") for name in (*FLOORS, *HARNESS)] + [_source(m) for m in modules]
+        decided["metrics"] = {name: metric.version for name, metric in METRICS.items()}
+        if self.kind == "training":
+            model, dataset = fresh(self.problem, self.seed)
+            decided["problem"] = [repr(model), dataset.checksum]
+        else:
+            decided["problem"] = named_problem(self.problem, self.batch).about["digest"]
+        if self.kind in ("cost", "training"):  # seconds belong to a machine
+            decided["machine"] = processor()
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
+
+    def run(self) -> list[dict[str, Any]]:
+        """Measure, and return tidy rows.
+
+        Raises:
+            ValueError, Failure: there is no number; the message says why.
+        """
+        makers: dict[str, Callable[[Cell], list[dict[str, Any]]]] = {
+            "gradient": _gradient,
+            "cost": _cost,
+            "training": _training,
+        }
+        torch.set_num_threads(self.threads)
+        return [self.about() | row for row in makers[self.kind](self)]
+
+    def about(self) -> dict[str, Any]:
+        """The columns that every row of the cell shares, known before it runs."""
+        estimator = parse(self.estimator)
+        name, _, snapshot = self.problem.partition("@")
+        return {
+            "kind": self.kind,
+            "problem": self.problem,
+            "model": name.partition(":")[0],
+            "snapshot": snapshot,
+            "estimator": self.estimator,
+            "family": estimator.facts.family,
+            "K": estimator.K,
+            "B": self.batch,
+            "seed": self.seed,
+            "device": self.device,
+            "dtype": self.dtype,
+            "threads": self.threads,
+        }
+
+    def without_numbers(self, status: str, reason: str) -> list[dict[str, Any]]:
+        """The one row of a cell that was skipped or failed."""
+        return [self.about() | {"metric": "", "status": status, "reason": reason}]
+
+    def reason_to_skip(self) -> str | None:
+        """Why this pair of problem and estimator cannot be measured, or None."""
+        if self.kind == "training":
+            return None  # found out by the first step
+        return reason_to_skip(named_problem(self.problem, self.batch), parse(self.estimator))
+
+
+def _gradient(cell: Cell) -> list[dict[str, Any]]:
+    return measure(
+        named_problem(cell.problem, cell.batch),
+        parse(cell.estimator),
+        replicates=cell.replicates,
+        seed=cell.seed,
+        engine=cell.engine,
+        device=cell.device,
+        dtype=DTYPES[cell.dtype],
+        reference=parse(cell.reference) if cell.reference else None,
+    ).rows()
+
+
+def _cost(cell: Cell) -> list[dict[str, Any]]:
+    problem = named_problem(cell.problem, cell.batch)
+    values = cost(
+        problem, parse(cell.estimator), seed=cell.seed, device=cell.device, threads=cell.threads, seconds=cell.seconds
+    )
+    about = problem.about | {"engine": "step", "evaluations": values["evaluations"].value}
+    return [about | row_of(name, value) for name, value in values.items() if name != "evaluations"]
+
+
+def _training(cell: Cell) -> list[dict[str, Any]]:
+    model, dataset = fresh(cell.problem, cell.seed)
+    model, x = model.to(cell.device), held_out_of(dataset).to(cell.device)
+    estimator = parse(cell.estimator)
+    recipe = Recipe(cell.estimator, cell.steps, cell.batch, cell.learning_rate, cell.seed)
+    about = {"dataset": dataset.name, "engine": "step"}
+    rows = []
+    for step, seconds in train(model, estimator, dataset, recipe):
+        if step % cell.every == 0 or step == cell.steps:
+            at = about | {"step": step, "seconds": seconds}
+            rows += [at | row_of(name, _over_data(values)) for name, values in _bounds(model, x, cell.seed).items()]
+    return rows
+
+
+def _bounds(model: Any, x: Tensor, seed: int) -> dict[str, Tensor]:
+    """ELBO and K-sample bound of each datum, ``[N]``; the same noise at every step."""
+    with torch.no_grad():
+        guide = model.guide(x)
+        z = Rng(seed, 0, "evaluate", x.device, block=1).sample(guide, EVALUATION_PARTICLES)
+        log_w = model.log_joint(x, z) - guide.log_prob(z)  # [K, N]
+        return {"test_elbo": log_w.mean(0), "test_iwelbo": log_mean_exp(log_w)}
+
+
+def _over_data(values: Tensor) -> Any:
+    """The mean over data with the error of having these data and no others."""
+    parts = values.double().tensor_split(16)
+    total, count = values.double().sum(), len(values)
+    without = [float((total - part.sum()) / (count - len(part))) for part in parts]
+    return jackknife(float(total / count), without, positive=False)
+
+
+@functools.cache
+def _source(module: str) -> str:
+    """A hash of a module's code, comments and layout left out."""
+    importlib.import_module(module)
+    path = sys.modules[module].__file__
+    assert path is not None
+    return hashlib.sha256(ast.dump(ast.parse(Path(path).read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
+
+

@@ -1,0 +1,113 @@
+"""What one gradient costs as a training step takes it: seconds, memory, evaluations."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
+
+from gradiometer.bench.gradients import Counted, one, trainable
+from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.statistics import Value, exact, jackknife
+from gradiometer.bench.training import initial_state
+from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.noise import Rng
+
+ROUNDS = 16  # timed blocks, each its own shard of the error bar
+
+
+def cost(
+    problem: Problem, estimator: Estimator, *, seed: int = 0, device: str = "cpu", threads: int = 1, seconds: float = 0.5
+) -> dict[str, Value]:
+    """Seconds, memory and evaluations of one gradient, and the throughputs that follow.
+
+    Args:
+        seconds: time to spend timing, after a warm-up.
+
+    Raises:
+        ValueError: the problem lacks what the estimator needs.
+    """
+    if (reason := reason_to_skip(problem, estimator)) is not None:
+        raise ValueError(reason)
+    model, x = copy.deepcopy(problem.model).to(device), problem.x.to(device)
+    state = initial_state(estimator, model, x, seed)
+    parameters = trainable(model, state)
+    counted = Counted(model)
+    one(estimator, counted, x, Rng(seed, 0, "cost", device, block=1), state, parameters)
+    evaluations = counted.evaluations / len(x)
+
+    def step() -> None:
+        one(estimator, model, x, Rng(seed, 0, "cost", device, block=1), state, parameters)
+
+    times = _seconds(step, threads, seconds)
+    per_gradient = _median(times)
+    return {
+        "evaluations": exact(evaluations),
+        "seconds_per_gradient": per_gradient,
+        "peak_memory": exact(peak_memory(step, x) / 2**20),
+        "gradients_per_second": _median([1 / t for t in times]),
+        "particles_per_second": _median([evaluations * len(x) / t for t in times]),
+    }
+
+
+def _seconds(step: Any, threads: int, budget: float) -> list[float]:
+    """Seconds per call in each of `ROUNDS` blocks; the timer synchronises a GPU and pins the threads."""
+    timer = Timer("step()", globals={"step": step}, num_threads=threads)
+    once = max(timer.timeit(3).mean, 1e-6)  # a warm-up, too
+    number = max(1, round(budget / ROUNDS / once))
+    return [timer.timeit(number).mean for _ in range(ROUNDS)]
+
+
+def _median(times: list[float]) -> Value:
+    """The median, with a jackknife over groups of four blocks: deleting one at a time is no error bar for a median."""
+    without = [statistics.median(times[:i] + times[i + 4 :]) for i in range(0, len(times), 4)]
+    return jackknife(statistics.median(times), without, positive=True)
+
+
+def peak_memory(step: Any, x: Tensor) -> int:
+    """Most bytes held at once by tensors that `step` allocates."""
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        step()
+        torch.cuda.synchronize(x.device)
+        return torch.cuda.max_memory_allocated(x.device) - before
+    with _Held() as held:
+        step()
+    return held.peak
+
+
+class _Held(TorchDispatchMode):
+    """Follows the bytes of the storages that operations create, until they are freed.
+
+    The profiler would tell the same, but it writes to standard error at every use.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(a.untyped_storage()) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self._known and id(storage) not in given:
+                    self._known.add(storage)
+                    self.held += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.held)
+        return made
+
+    def _free(self, size: int) -> None:
+        self.held -= size

@@ -1,0 +1,287 @@
+"""Problems by name: ``digits-vae@late``, ``gaussian-toy:distance=0.5``; and the reference runs behind their snapshots.
+
+A reference run is decided by what stands here: model, data, estimator, seed, optimiser, steps. Its snapshots are cached and enter every
+cell's key by the hash of their parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradiometer.bench.data import Dataset, load
+from gradiometer.bench.data.files import cache_folder
+from gradiometer.bench.errors import RequestError
+from gradiometer.bench.models.toys import BernoulliToy, FunctionToy, GaussianToy
+from gradiometer.bench.models.vae import PRESETS, VAE, Architecture
+from gradiometer.bench.problems import Problem
+from gradiometer.bench.training import Recipe, train
+from gradiometer.estimators.registry import configured, nearest, parse
+
+MINIBATCH_SEED = 0  # of the one minibatch a problem is measured on
+HELD_OUT = 1000  # test images on which active units and bounds are computed
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A VAE and the run that trains it to the snapshots its problems are measured at."""
+
+    preset: str
+    dataset: str
+    recipe: Recipe
+    early: int
+    summary: str
+
+    @property
+    def snapshots(self) -> dict[str, int]:
+        """Steps of the reference run at each snapshot."""
+        return {"init": 0, "early": self.early, "late": self.recipe.steps}
+
+
+_DIGITS, _MNIST = Recipe("sgvb-a", steps=5000), Recipe("sgvb-a", steps=10_000)
+_DIGITS_SCORE, _MNIST_SCORE = Recipe("rloo:K=8", steps=5000), Recipe("rloo:K=4", steps=10_000)
+REFERENCES = MappingProxyType(
+    {
+        "digits-vae": Reference("digits", "digits", _DIGITS, 100, "64-32-8 Gaussian VAE"),
+        "digits-vae-two-layers": Reference("digits-two-layers", "digits", _DIGITS, 100, "two stochastic layers, 12 and 6"),
+        "digits-vae-bernoulli": Reference("digits-binary", "digits", _DIGITS_SCORE, 100, "16 Bernoulli latents"),
+        "digits-vae-categorical": Reference("digits-categorical", "digits", _DIGITS_SCORE, 100, "6 latents of 4 classes"),
+        "mnist-vae": Reference("burda-1", "mnist", _MNIST, 500, "784-200-200-50 of Burda et al."),
+        "mnist-vae-two-layers": Reference("burda-2", "mnist", _MNIST, 500, "Burda et al.'s 100 and 50 latents"),
+        "mnist-vae-linear": Reference("disarm-linear", "mnist", _MNIST_SCORE, 500, "784-200 linear, Bernoulli, of the DisARM line"),
+        "mnist-vae-nonlinear": Reference(
+            "disarm-nonlinear", "mnist", _MNIST_SCORE, 500, "784-200-200-200 LeakyReLU, Bernoulli, of the DisARM line"
+        ),
+        "fashion-vae": Reference("burda-1", "fashion-mnist", _MNIST, 500, "784-200-200-50 on Fashion-MNIST"),
+        "static-mnist-vae": Reference("burda-1", "binarized-mnist", _MNIST, 500, "784-200-200-50, fixed binarisation"),
+        "omniglot-vae": Reference("burda-1", "omniglot", _MNIST, 500, "784-200-200-50 on Omniglot"),
+    }
+)
+
+
+class Toy(Protocol):
+    """Settings of a problem that needs no training."""
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        """The model at its parameters, and all its data ``[N, D]``."""
+
+
+@dataclass(frozen=True)
+class GaussianSetting:
+    """Rainforth et al.'s Gaussian toy, each parameter tensor at `distance` from its optimum."""
+
+    units: int = 20
+    distance: float = 0.1
+    data: int = 1024
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        mu = torch.randn(self.units, generator=generator)
+        x = mu + math.sqrt(2) * torch.randn(self.data, self.units, generator=generator)
+        model = GaussianToy(self.units)
+        model.place(x, self.distance, generator)
+        return model, x
+
+
+@dataclass(frozen=True)
+class BernoulliSetting:
+    """``E[(b - p0)^2]`` of one Bernoulli, ascended, with respect to its logit."""
+
+    p0: float = 0.499
+    logit: float = 0.5
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        return BernoulliToy(self.p0, self.logit), torch.ones(1, 1)
+
+
+@dataclass(frozen=True)
+class FunctionSetting:
+    """``E[f(z)]`` under ``N(mu, sigma^2)``, with respect to mu and sigma (Mohamed et al. 2020)."""
+
+    function: Literal["quadratic", "exponential", "cosine"] = "quadratic"
+    k: float = 0.5
+    mu: float = 1.0
+    sigma: float = 1.0
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        return FunctionToy(self.function, self.k, self.mu, self.sigma), torch.ones(1, 1)
+
+
+@dataclass(frozen=True)
+class EnumerableSetting:
+    """A binary VAE small enough to enumerate: 6 pixels, 3 latents, at random parameters."""
+
+    scale: float = 1.0
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = VAE(Architecture(data=6, hidden=(4,), latent=(3,), kind="bernoulli"))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(self.scale * torch.randn_like(parameter))
+            return model, torch.bernoulli(torch.full((64, 6), 0.4))
+
+
+TOYS: MappingProxyType[str, type[Any]] = MappingProxyType(
+    {
+        "gaussian-toy": GaussianSetting,
+        "bernoulli-toy": BernoulliSetting,
+        "function-toy": FunctionSetting,
+        "enumerable-vae": EnumerableSetting,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A problem's word, taken apart."""
+
+    word: str
+    name: str
+    settings: str
+    snapshot: str
+
+
+def parse_problem(word: str) -> Name:
+    """Take a problem's word apart and check each part.
+
+    Raises:
+        RequestError: one sentence with the nearest valid word.
+    """
+    rest, at, snapshot = word.partition("@")
+    name, _, settings = rest.partition(":")
+    if name in TOYS:
+        if at:
+            raise RequestError(f"{name} is not trained, so it has no snapshot {snapshot!r}: leave out '@{snapshot}'")
+        try:
+            configured(TOYS[name], name, settings)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        return Name(word, name, settings, "")
+    if name not in REFERENCES:
+        raise RequestError(f"unknown problem {name!r}{nearest(name, [*REFERENCES, *TOYS])}")
+    if settings:
+        raise RequestError(f"{name} has no options: leave out ':{settings}'")
+    snapshots = list(REFERENCES[name].snapshots)
+    if not at:
+        raise RequestError(f"{name} is measured at a snapshot of its reference run: write {name}@late (or @init, @early)")
+    if snapshot not in snapshots:
+        raise RequestError(f"{name} has no snapshot {snapshot!r}{nearest(snapshot, snapshots)}")
+    return Name(word, name, settings, snapshot)
+
+
+@lru_cache(maxsize=8)
+def named_problem(word: str, batch: int = 20) -> Problem:
+    """The problem a word stands for; trains its reference run if no snapshot of it is cached.
+
+    Raises:
+        RequestError: an unknown word, or data that cannot be had.
+
+    Example:
+        >>> named_problem("gaussian-toy:units=3", batch=5).x.shape
+        torch.Size([5, 3])
+    """
+    parts = parse_problem(word)
+    if parts.name in TOYS:
+        model, data = configured(TOYS[parts.name], parts.name, parts.settings).build()
+        about = {"model": parts.name, "dataset": "synthetic", "snapshot": ""}
+        x = data.repeat(batch, 1) if len(data) == 1 else data[:batch]
+        size, held_out = len(data), None
+    else:
+        reference = REFERENCES[parts.name]
+        dataset = load(reference.dataset)
+        model = _architecture(reference, dataset)
+        model.load_state_dict(_snapshot(parts.name, parts.snapshot, reference, dataset))
+        generator = torch.Generator().manual_seed(MINIBATCH_SEED)
+        x = dataset.batch(torch.randperm(len(dataset.train), generator=generator)[:batch], generator)
+        size, held_out = len(dataset.train), held_out_of(dataset)
+        about = {"model": parts.name, "dataset": dataset.name, "snapshot": parts.snapshot}
+    if len(x) < batch:
+        raise RequestError(f"{parts.name} has {len(x)} data points, fewer than a batch of {batch}")
+    about["digest"] = _digest(model, x, held_out)
+    return Problem(model, x, size, word, held_out, about)
+
+
+def fresh(name: str, seed: int) -> tuple[VAE, Dataset]:
+    """An untrained model of a named VAE, its initial parameters drawn with `seed`, and its data."""
+    if name not in REFERENCES:
+        raise RequestError(f"no VAE to train is called {name!r}{nearest(name, list(REFERENCES))}")
+    reference = REFERENCES[name]
+    dataset = load(reference.dataset)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _architecture(reference, dataset), dataset
+
+
+def held_out_of(dataset: Dataset) -> Tensor:
+    """The first `HELD_OUT` test images, binarised once."""
+    indices = torch.arange(min(HELD_OUT, len(dataset.test)))
+    return dataset.batch(indices, torch.Generator().manual_seed(MINIBATCH_SEED), "test")
+
+
+def _architecture(reference: Reference, dataset: Dataset) -> VAE:
+    return VAE(PRESETS[reference.preset], dataset.train.mean(0))
+
+
+def _snapshot(name: str, snapshot: str, reference: Reference, dataset: Dataset) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    path = _path(name, snapshot, reference, dataset)
+    if not path.is_file():
+        _run_reference(name, reference, dataset)
+    return load_file(path)
+
+
+def _path(name: str, snapshot: str, reference: Reference, dataset: Dataset) -> Path:
+    decided = [asdict(reference), asdict(PRESETS[reference.preset]), dataset.checksum, torch.__version__]
+    key = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_folder() / "snapshots" / f"{name}@{snapshot}-{key}.safetensors"
+
+
+def _run_reference(name: str, reference: Reference, dataset: Dataset) -> None:
+    """Train and publish all snapshots, on one thread, so that the machine's cores do not enter the numbers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, _ = fresh(name, reference.recipe.seed)
+        wanted = {step: snapshot for snapshot, step in reference.snapshots.items()}
+        for step, _ in train(model, parse(reference.recipe.estimator), dataset, reference.recipe):
+            if step in wanted:
+                _publish(_path(name, wanted[step], reference, dataset), model.state_dict())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        os.close(handle)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RequestError(f"the snapshot {path} cannot be written ({error.strerror}); XDG_CACHE_HOME moves the cache") from None
+
+
+def _digest(model: nn.Module, x: Tensor, held_out: Tensor | None) -> str:
+    """The hash of everything a measurement reads of a problem."""
+    found = hashlib.sha256()
+    for name, tensor in [*sorted(model.state_dict().items()), ("x", x), ("held_out", held_out)]:
+        found.update(name.encode())
+        if tensor is not None:
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]

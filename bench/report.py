@@ -1,0 +1,201 @@
+"""Rows to tables, figures and one HTML page that opens from a file."""
+
+import base64
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gradiometer.bench import plots, selection, tables, typeset
+from gradiometer.bench.errors import RequestError
+from gradiometer.bench.findings import findings
+from gradiometer.bench.metrics import METRICS
+from gradiometer.bench.tables import Table
+
+__all__ = ["FORMATS", "write"]
+
+FORMATS = ("html", "md", "tex", "csv", *plots.FORMATS)
+_TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
+_SETTINGS = {
+    "device": "Device",
+    "dtype": "Precision",
+    "threads": "Threads",
+    "engine": "Engine",
+    "B": "Minibatch",
+    "replicates": "Replicates",
+}
+
+
+def write(rows: pd.DataFrame, out: Path, formats: Iterable[str], machine: Mapping[str, Any]) -> list[Path]:
+    """Write a report: `report.html`, `report.md`, `tables/*.tex|csv` and `figures/*.png|svg|pdf`, as asked.
+
+    Args:
+        rows: as the store yields them.
+        out: the folder; it is made, and files of the same names are replaced.
+        formats: of `FORMATS`.
+        machine: what the rows were measured on, and when: names and values, one level of nesting.
+
+    Returns:
+        The files written, in the order of `FORMATS`. The same rows give the same bytes.
+
+    Raises:
+        RequestError: a format is unknown, or there is nothing to report.
+
+    >>> write(pd.DataFrame(), Path("somewhere"), {"htm"}, {})
+    Traceback (most recent call last):
+        ...
+    gradiometer.bench.errors.RequestError: unknown report format 'htm': did you mean 'html'?
+    """
+    wanted = [form for form in FORMATS if form in _known(formats)]
+    if rows.empty:
+        raise RequestError("there are no rows to report: run a suite first, or name the folder that holds its results")
+    made = tables.tables(rows)
+    figures = plots.plots(rows) if set(wanted) & {"html", *plots.FORMATS} else []
+    images = {form: {plot.name: plots.rendered(plot, form) for plot in figures} for form in _image_forms(wanted)}
+    written = []
+    for form in wanted:
+        if form == "html":
+            written.append(_put(out / "report.html", html(rows, made, figures, images["svg"], machine).encode()))
+        elif form == "md":
+            shown = next((f for f in ("svg", "png") if f in wanted), "")
+            written.append(
+                _put(out / "report.md", markdown(rows, made, figures if shown else [], shown, machine).encode())
+            )
+        elif form in ("tex", "csv"):
+            text = {"tex": typeset.latex, "csv": typeset.csv}[form]
+            written += [
+                _put(out / "tables" / f"{typeset.stem(table.name)}.{form}", text(table).encode()) for table in made
+            ]
+        else:
+            written += [
+                _put(out / "figures" / f"{typeset.stem(name)}.{form}", image) for name, image in images[form].items()
+            ]
+    return written
+
+
+def html(
+    rows: pd.DataFrame,
+    made: list[Table],
+    figures: list[plots.Plot],
+    images: Mapping[str, bytes],
+    machine: Mapping[str, Any],
+) -> str:
+    """The report as one page without any reference to the outside; all text of the rows is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {
+        "words": typeset.html_text,
+        "counts": typeset.counts,
+        "unit": lambda of: typeset.unit_of(of) if isinstance(of, tables.Column) else tables.unit_text(of.unit),
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
+    }
+    tidied = selection.tidy(rows)
+    problems: dict[str, list[Table]] = {}
+    for table in made:
+        if table.lines:
+            problems.setdefault(table.problem, []).append(table)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        title=_title(tidied),
+        summary=_summary(tidied),
+        facts=_facts(tidied, rows, machine),
+        findings=findings(rows),
+        plots=[_embedded(plot, images[plot.name]) for plot in figures],
+        separated=tables.SEPARATED,
+        problems=problems,
+        cell_of=typeset.html_cell,
+        unmeasured=selection.unmeasured(tidied).to_dict("records"),
+        metrics=[METRICS[name] for name in METRICS if name in set(tidied["metric"])],
+    )
+
+
+def markdown(
+    rows: pd.DataFrame, made: list[Table], figures: list[plots.Plot], form: str, machine: Mapping[str, Any]
+) -> str:
+    """The report as one Markdown page; it shows the figures beside it in the format `form`."""
+    tidied = selection.tidy(rows)
+    parts = [f"# {_title(tidied)}", _summary(tidied)]
+    for topic, sentences in findings(rows).items():
+        parts += [f"**{topic.replace(' x ', ' × ')}**", "\n".join(f"* {sentence}" for sentence in sentences)]
+    for plot in figures:
+        parts.append(f"![{plot.title}](figures/{typeset.stem(plot.name)}.{form})\n\n*{plot.title}.* {plot.caption}")
+    parts += [typeset.markdown(table).strip() for table in made]
+    parts += [
+        "## What was run",
+        "\n".join(f"* {name}: {value}" for name, value in _facts(tidied, rows, machine).items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _embedded(plot: plots.Plot, image: bytes) -> dict[str, object]:
+    """A figure as the page holds it, 115 pixels to the inch."""
+    width = round(115 * plot.figure.get_figwidth())
+    return {"title": plot.title, "caption": plot.caption, "width": width, "svg": base64.b64encode(image).decode()}
+
+
+def _known(formats: Iterable[str]) -> set[str]:
+    asked = set(formats)
+    for form in sorted(asked - set(FORMATS)):
+        near = difflib.get_close_matches(form.lower().lstrip("."), FORMATS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(FORMATS)}"
+        raise RequestError(f"unknown report format {form!r}: {hint}")
+    if not asked:
+        raise RequestError(f"no report format is named: there are {', '.join(FORMATS)}")
+    return asked
+
+
+def _image_forms(wanted: list[str]) -> list[str]:
+    return [form for form in plots.FORMATS if form in wanted or (form == "svg" and "html" in wanted)]
+
+
+def _title(tidied: pd.DataFrame) -> str:
+    suites = sorted(set(tidied["suite"]) - {""})
+    return f"Gradient estimators compared: {', '.join(suites)}" if suites else "Gradient estimators compared"
+
+
+def _summary(tidied: pd.DataFrame) -> str:
+    """How much was measured, in a sentence."""
+    measured = tidied[(tidied["status"] == "ok") & (tidied["metric"] != "")]
+    states = tidied.drop_duplicates(["problem", "label", "status", "kind", "seed"])["status"].value_counts()
+    parts = [
+        _count(measured["label"].nunique(), "estimator"),
+        "on " + _count(measured["problem"].nunique(), "problem"),
+        *(f"{states[state]} {state}" for state in ("skipped", "failed") if states.get(state, 0)),
+    ]
+    return ", ".join([" ".join(parts[:2]), *parts[2:]]) + "."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _facts(tidied: pd.DataFrame, rows: pd.DataFrame, machine: Mapping[str, Any]) -> dict[str, str]:
+    """What was run and on what, by name."""
+    found = {
+        "Suite": ", ".join(sorted(set(tidied["suite"]) - {""})),
+        "Problems": ", ".join(selection.problem_order(tidied["problem"])),
+        "Estimators": ", ".join(dict.fromkeys(selection.in_order(tidied)["label"])),
+        "Seeds": ", ".join(sorted({str(seed) for seed in tidied["seed"]}, key=lambda seed: (len(seed), seed))),
+    }
+    for column, name in _SETTINGS.items():
+        if column in rows:
+            values = rows.loc[rows[column].notna() & (rows[column].astype(str) != ""), column].unique()
+            found[name] = ", ".join(
+                sorted({f"{v:g}" if isinstance(v, float) else str(v) for v in values}, key=lambda v: (len(v), v))
+            )
+    for name, value in machine.items():
+        text = ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, Mapping) else str(value)
+        found[name.replace("_", " ").capitalize()] = text
+    return {name: text for name, text in found.items() if text}
+
+
+def _put(path: Path, content: bytes) -> Path:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(content)
+    draft.replace(path)
+    return path

@@ -1,0 +1,449 @@
+"""The engine: batched replicates against the slow twin, chunks, shards, and what it refuses."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from oracles import Enumerated, bound, elbo, scrambled
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from gradiometer.bench import gradients
+from gradiometer.bench.gradients import Draw, NotRows, one, rows, trainable
+from gradiometer.bench.measure import measure
+from gradiometer.bench.models.toys import BernoulliToy, Expectation, FunctionToy, GaussianToy
+from gradiometer.bench.models.vae import VAE, Architecture
+from gradiometer.bench.moments import Accumulator, shards
+from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.replicates import Failure
+from gradiometer.bench.training import initial_state, settled
+from gradiometer.estimators.base import Coefficients, Estimator, Facts, State, Surrogate, Weighted
+from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.registry import parse
+
+WORDS = (
+    "sgvb-a", "sgvb-a:K=3", "sgvb-b:K=2", "stl:K=2", "reinforce:K=2", "moving-average:K=2", "rloo:K=3", "iwae:K=3", "dreg:K=3",
+    "vimco:K=3", "rws:K=3", "nvi:K=3", "nvi:K=3,levels=3,resample=systematic,path=learned",
+)  # fmt: skip
+KINDS = {
+    "gaussian": Architecture(data=5, hidden=(4,), latent=(3,)),
+    "bernoulli": Architecture(data=5, hidden=(4, 3), latent=(3,), kind="bernoulli", activation="leaky-relu"),
+    "categorical": Architecture(data=5, hidden=(4,), latent=(2,), kind="categorical", classes=3),
+    "gaussian likelihood": Architecture(data=5, hidden=(4,), latent=(2,), likelihood="gaussian", activation="relu"),
+    "linear": Architecture(data=5, hidden=(), latent=(3,), kind="bernoulli"),
+    "two layers": Architecture(data=5, hidden=(4,), latent=(3, 2), between=(3,)),
+    "three binary layers": Architecture(data=5, hidden=(4,), latent=(3, 2, 2), between=(3,), kind="bernoulli"),
+    "two categorical layers": Architecture(data=5, hidden=(4,), latent=(2, 3), between=(4,), kind="categorical", classes=3),
+}
+
+
+def vae(kind: str = "gaussian") -> nn.Module:
+    return scrambled(VAE(KINDS[kind]), seed=1, scale=0.4)
+
+
+def data(B: int, D: int = 5) -> Tensor:
+    return (torch.rand(B, D, generator=torch.Generator().manual_seed(2)) < 0.4).double()
+
+
+def memory(estimator: Estimator, model: nn.Module, x: Tensor) -> State:
+    """Memory that is not what it was at birth, without hundreds of steps."""
+    torch.manual_seed(3)
+    state = estimator.init_state(model, x)
+    for average in state.tracked.values():
+        average.update(torch.tensor(-1.3, dtype=x.dtype))
+    for module in state.learned.values():
+        module.to(x.dtype)
+        for parameter in module.parameters():
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return state
+
+
+def twins(estimator: Estimator, model: nn.Module, x: Tensor, replicates: range) -> tuple[Draw, list[Draw]]:
+    """The same replicates as one batch, and one at a time."""
+    state = memory(estimator, model, x)
+    parameters = trainable(model, state)
+    batched = rows(estimator, model, x, Rng(7, replicates), state, parameters)
+    return batched, [one(estimator, model, x, Rng(7, r), state, parameters) for r in replicates]
+
+
+def apart(batched: Draw, singles: list[Draw]) -> float:
+    """The largest difference between a batch of replicates and its twins, relative to the tensor's largest gradient."""
+    if any(len(g) != len(singles) for g in batched.gradients.values()):
+        return float("inf")
+    worst = 0.0
+    for name, batch in batched.gradients.items():
+        alone = torch.stack([single.gradients[name] for single in singles])
+        scale = float(alone.abs().max()) or 1.0
+        worst = max(worst, float((batch - alone).abs().max()) / scale)
+    log_w = torch.stack([single.log_w for single in singles], 1)
+    return max(worst, float((batched.log_w - log_w).abs().max()))
+
+
+def pairs() -> list:
+    return [pytest.param(word, kind, id=f"{word}-{kind}") for kind in KINDS for word in WORDS]
+
+
+@pytest.mark.parametrize(("word", "kind"), pairs())
+def test_every_replicate_of_a_batch_is_the_replicate_alone(word: str, kind: str) -> None:
+    estimator, model = parse(word), vae(kind)
+    if reason_to_skip(Problem(model, data(3)), estimator) is not None:
+        return  # that it is a reason, and which, is tested below
+    batched, singles = twins(estimator, model, data(3), range(14, 19))  # two blocks of noise
+    assert apart(batched, singles) < 1e-10
+    assert any(float(g.abs().max()) > 0 for g in batched.gradients.values())
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_single_precision_costs_rounding_only(word: str) -> None:
+    model, x = vae().float(), data(3).float()
+    batched, singles = twins(parse(word), model, x, range(5))
+    assert apart(batched, singles) < 2e-5
+
+
+@pytest.mark.parametrize(("R", "B", "K"), [(3, 3, 2), (3, 2, 3), (3, 3, 3), (1, 1, 1), (4, 1, 4), (1, 3, 2), (5, 1, 1)])
+@pytest.mark.parametrize("word", ["sgvb-b", "iwae", "rws", "nvi"])
+def test_equal_numbers_of_replicates_particles_and_data_confuse_nothing(word: str, R: int, B: int, K: int) -> None:
+    batched, singles = twins(parse(f"{word}:K={K}"), vae(), data(B), range(20, 20 + R))
+    assert apart(batched, singles) < 1e-10
+
+
+@pytest.mark.parametrize("word", ["sgvb-a:K=2", "sgvb-b", "reinforce", "rloo", "iwae", "dreg", "rws"])
+@pytest.mark.parametrize("toy", ["gaussian", "function", "bernoulli"])
+def test_toys_are_measured_in_batches_too(word: str, toy: str) -> None:
+    model = {"gaussian": lambda: GaussianToy(3), "function": FunctionToy, "bernoulli": BernoulliToy}[toy]().double()
+    x = data(4, 3) if toy == "gaussian" else torch.ones(1, 1).double()
+    estimator = parse(word)
+    if reason_to_skip(Problem(model, x), estimator) is None:
+        assert apart(*twins(estimator, model, x, range(6))) < 1e-10
+
+
+# The comparison itself: planted mistakes that it must see.
+
+
+def test_a_changed_noise_entry_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = Rng._noise
+
+    def changed(self: Rng, *arguments) -> Tensor:
+        noise = true(self, *arguments).clone()
+        if isinstance(self.replicates, range):
+            noise[0, 2, 1, 0] += 0.01
+        return noise
+
+    monkeypatch.setattr(Rng, "_noise", changed)
+    assert apart(*twins(parse("dreg:K=3"), vae(), data(3), range(5))) > 1e-6
+
+
+def test_a_scaled_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = gradients._add_linear
+
+    def scaled(total, layer, inputs, cotangent, *others) -> None:
+        true(total, layer, inputs, cotangent * (1.001 if layer.out_features == 6 else 1), *others)
+
+    monkeypatch.setattr(gradients, "_add_linear", scaled)
+    assert apart(*twins(parse("dreg:K=3"), vae(), data(3), range(5))) > 1e-6
+
+
+def test_dropped_and_exchanged_replicates_are_seen() -> None:
+    batched, singles = twins(parse("dreg:K=3"), vae(), data(3), range(5))
+    assert apart(batched, singles[:-1]) > 1e-6
+    assert apart(batched, [singles[i] for i in (0, 2, 1, 3, 4)]) > 1e-6
+
+
+# The measurement.
+
+
+def moments(**options) -> dict[str, np.ndarray]:
+    model, word = options.pop("model", None) or vae(), options.pop("word", "dreg:K=3")
+    given = {"replicates": 40, "seed": 5, "dtype": torch.float64, "engine": "rows"} | options
+    m = measure(Problem(model, options.pop("x", data(3))), parse(word), **{k: v for k, v in given.items() if k != "x"})
+    return {f"{kind} {name}": a for kind, of in (("mean", m.mean), ("variance", m.variance)) for name, a in of.items()}
+
+
+def equal(first: dict[str, np.ndarray], second: dict[str, np.ndarray], tolerance: float) -> bool:
+    return all(np.abs(first[name] - second[name]).max() <= tolerance * np.abs(first[name]).max() for name in first)
+
+
+@pytest.mark.parametrize("word", ["sgvb-b:K=2", "rloo:K=3", "dreg:K=3"])
+def test_rows_and_loop_leave_the_same_moments(word: str) -> None:
+    assert equal(moments(word=word), moments(word=word, engine="loop"), 1e-10)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 16, 40, 100])
+def test_the_chunk_size_changes_rounding_only(chunk: int) -> None:
+    assert equal(moments(chunk=chunk), moments(chunk=16), 1e-10)
+
+
+def test_the_same_request_gives_the_same_bits() -> None:
+    for engine in ("rows", "loop"):
+        first, second = (moments(chunk=8, engine=engine, dtype=torch.float32) for _ in range(2))
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_gives_other_numbers() -> None:
+    assert not equal(moments(), moments(seed=6), 1e-3)
+
+
+def test_moments_are_those_of_the_replicates() -> None:
+    model, x, estimator = vae(), data(3), parse("rloo:K=3")
+    parameters = trainable(model, State())
+    alone = [one(estimator, model, x, Rng(5, r), State(), parameters).gradients for r in range(40)]
+    found = moments(word="rloo:K=3", model=model)
+    for name in alone[0]:
+        each = torch.stack([g[name] for g in alone]).numpy()
+        np.testing.assert_allclose(found[f"mean {name}"], each.mean(0), atol=1e-12)
+        np.testing.assert_allclose(found[f"variance {name}"], each.var(0, ddof=1), atol=1e-12)
+        np.testing.assert_array_less(1e-9, np.abs(found[f"variance {name}"] - each.var(0, ddof=0)).max())  # n - 1 it is
+
+
+def test_the_problem_is_not_changed() -> None:
+    model = vae()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    measure(Problem(model, data(3)), parse("moving-average"), replicates=4)
+    assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters())
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+
+
+def test_a_large_mean_does_not_swallow_a_small_variance() -> None:
+    # The gradient by mu is 1e4 + z, the mean ten thousand standard deviations.
+    model = HighSignal()
+    runs = {
+        (dtype, engine): moments(
+            model=model, word="stl", x=torch.ones(1, 1), replicates=2048, dtype=dtype, engine=engine
+        )["variance encoder.weight"][0, 0]
+        for dtype in (torch.float32, torch.float64)
+        for engine in ("rows", "loop")
+    }
+    exact = runs[torch.float64, "loop"]
+    assert exact == pytest.approx(1.0, abs=5 * (2 / 2047) ** 0.5)
+    assert all(value == pytest.approx(exact, rel=2e-3) for value in runs.values())
+    # The control: raw moments in single precision lose it all.
+    z = 1e4 + torch.randn(2048, generator=torch.Generator().manual_seed(0))
+    assert abs(float((z**2).mean() - z.mean() ** 2) - 1) > 0.5
+
+
+class HighSignal(FunctionToy):
+    def __init__(self) -> None:
+        Expectation.__init__(self, lambda z: 1e4 * z + z**2 / 2, [0.3, 1.0])
+
+
+def test_accumulator_is_right_whatever_the_pilot() -> None:
+    g = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g[0] += 1e3  # the pilot is an outlier
+    folded = Accumulator(torch.Size([3]), 4, torch.float64, torch.device("cpu"))
+    for shard, part in enumerate(g.split(10)):
+        for piece in part.split(3):
+            folded.fold(shard, piece)
+    pooled, without = folded.moments().pooled(), folded.moments().pooled(without=2)
+    kept = torch.cat([g[:20], g[30:]])
+    for found, true in ((pooled, g), (without, kept)):
+        np.testing.assert_allclose(found.mean, true.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(found.variance, true.var(0), rtol=1e-9)
+    assert (pooled.n, without.n) == (40, 30)
+
+
+@pytest.mark.parametrize("R", [4, 5, 7, 31, 32, 100, 511, 512, 513, 1000, 1024, 4099])
+def test_shards_cover_the_replicates_once(R: int) -> None:
+    parts = shards(R)
+    assert [r for part in parts for r in part] == list(range(R))
+    assert len(parts) >= 2
+    assert min(map(len, parts)) >= 1
+    assert max(map(len, parts)) <= 2 * min(map(len, parts)) + 1
+
+
+def test_too_few_replicates_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 4 replicates, not 3"):
+        measure(Problem(vae(), data(2)), parse("stl"), replicates=3)
+
+
+# What the fast path does not know.
+
+
+class Shifted(nn.Module):
+    """A Gaussian model whose prior mean is a bare parameter."""
+
+    groups = {"generative": ("mu",), "inference": ("encoder",)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mu, self.encoder = nn.Parameter(torch.tensor([0.3, -0.2])), nn.Linear(2, 2)
+
+    def guide(self, x: Tensor) -> Independent:
+        mean = self.encoder(x)
+        return Independent(Normal(mean, torch.ones_like(mean)), 1)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        return -0.5 * ((z - self.mu) ** 2 + (x - z) ** 2).sum(-1)
+
+
+def test_a_bare_parameter_is_measured_by_the_loop_with_one_warning() -> None:
+    problem = Problem(Shifted(), data(3, 2).float())
+    with pytest.warns(UserWarning, match=r"one replicate at a time: parameter 'mu'") as caught:
+        m = measure(problem, parse("stl:K=2"), replicates=8)
+    assert len(caught) == 1
+    assert m.engine == "loop"
+    assert np.abs(m.mean["mu"]).max() > 0
+    with pytest.raises(NotRows, match="mu"):
+        measure(problem, parse("stl:K=2"), replicates=8, engine="rows")
+
+
+class Unaware(GaussianToy):
+    """Calls its prior without a replicate axis: rows cannot be told apart."""
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        mean = self.mu(torch.ones(1).to(x))
+        return Independent(Normal(mean, torch.ones_like(mean)), 1).log_prob(z) + self.likelihood(z).log_prob(x)
+
+
+def test_a_layer_without_a_replicate_axis_is_measured_by_the_loop() -> None:
+    with pytest.warns(UserWarning, match="no replicate axis"):
+        m = measure(Problem(Unaware(2), data(3, 2).float()), parse("stl"), replicates=8)
+    assert m.engine == "loop"
+
+
+def columns(signal: Tensor) -> Coefficients:
+    return Coefficients(generative=torch.full_like(signal, 1 / len(signal)), score=signal / len(signal))
+
+
+@dataclass(frozen=True)
+class OverEverything(Weighted):
+    """Centres its signal over particles, data and, in a batch, replicates."""
+
+    K: int = 3
+    facts = Facts("over-everything", family="test")
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        return columns(log_w - log_w.mean())
+
+
+@dataclass(frozen=True)
+class OverTheSecondAxis(Weighted):
+    """Centres its signal over the axis that is the batch alone, and the replicates in a batch."""
+
+    K: int = 3
+    facts = Facts("over-the-second-axis", family="test")
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        return columns(log_w - log_w.mean(1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class FromTheNeighbour(Weighted):
+    """Takes its baseline from the replicate beside it."""
+
+    K: int = 3
+    facts = Facts("from-the-neighbour", family="test")
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        return columns(log_w - log_w.roll(1, dims=-2) if log_w.dim() == 3 else log_w)
+
+
+@pytest.mark.parametrize("mixing", [OverEverything(), OverTheSecondAxis(), FromTheNeighbour()], ids=str)
+def test_an_estimator_that_mixes_replicates_is_found_out(mixing: Weighted) -> None:
+    with pytest.warns(UserWarning, match="one replicate at a time: batched, its gradient of") as caught:
+        m = measure(Problem(vae(), data(3)), mixing, replicates=8)
+    assert m.engine == "loop"
+    assert len(caught) == 1
+
+
+def test_an_honest_estimator_is_batched_without_a_word() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measure(Problem(vae(), data(3)), parse("rloo:K=3"), replicates=8).engine == "rows"
+
+
+def test_an_estimator_that_says_so_is_measured_by_the_loop() -> None:
+    @dataclass(frozen=True)
+    class Declared(OverEverything):
+        facts = Facts("declared", family="test", couples_data=True)
+
+    assert measure(Problem(vae(), data(3)), Declared(), replicates=8).engine == "loop"
+
+
+def test_a_gradient_that_is_not_a_number_is_a_failure() -> None:
+    model = Expectation.__new__(FunctionToy)
+    Expectation.__init__(model, lambda z: z.sqrt(), [0.5, 1.0])
+    for engine in ("rows", "loop"):
+        with pytest.raises(Failure, match=r"gradient of 'encoder\.weight' is not finite"):
+            measure(Problem(model, torch.ones(1, 1)), parse("stl"), replicates=16, engine=engine)
+
+
+def test_what_a_problem_lacks_is_a_sentence() -> None:
+    reasons = {
+        ("dreg", "bernoulli"): "dreg needs a reparameterisable guide; try rloo or vimco",
+        ("sgvb-b", "two layers"): "sgvb-b needs a divergence from prior to guide in closed form; try sgvb-a or stl",
+        ("nvi", "two layers"): "nvi needs a guide of independent Gaussians; try iwae or vimco",
+    }
+    for (word, kind), reason in reasons.items():
+        problem = Problem(vae(kind), data(2))
+        assert reason_to_skip(problem, parse(word)) == reason
+        with pytest.raises(ValueError, match=reason.split(";")[0]):
+            measure(problem, parse(word), replicates=4)
+    runs = [word for word in WORDS if reason_to_skip(Problem(vae("bernoulli"), data(2)), parse(word)) is None]
+    assert runs == ["reinforce:K=2", "moving-average:K=2", "rloo:K=3", "vimco:K=3", "rws:K=3"]
+    assert all(reason_to_skip(Problem(vae(), data(2)), parse(word)) is None for word in WORDS)
+
+
+# Several surrogates, and a control variate that learns.
+
+
+@dataclass(frozen=True)
+class Learned(Estimator):
+    """REINFORCE with a learned constant baseline, given in three pieces, two of which share a group."""
+
+    facts = Facts("learned", family="test")
+
+    def init_state(self, model, x: Tensor) -> State:
+        return State(learned={"control": nn.Linear(1, 1, bias=False)})
+
+    def parts(self, model, x: Tensor, rng: Rng, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q = model.guide(x)
+        z = rng.sample(q, self.K)
+        log_p, log_q = model.log_joint(x, z), q.log_prob(z)
+        return log_p, log_q, (log_p - log_q).detach(), state.learned["control"](torch.ones_like(log_q[0]).unsqueeze(-1)).squeeze(-1)
+
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
+        log_p, log_q, log_w, control = self.parts(model, x, rng, state)
+        yield Surrogate({"inference": (log_w * log_q).mean(0)}, log_w)
+        again = model.guide(x)  # a graph of its own: the first one is gone
+        with torch.no_grad():
+            z = Rng.sample(rng, again, self.K)  # fresh draws, for the part with zero mean
+        yield Surrogate({"inference": -(control.detach() * again.log_prob(z)).mean(0)})
+        yield Surrogate({"generative": model.log_joint(x, z).mean(0)})
+
+    def learn(self, model, x: Tensor, rng: Rng, state: State) -> dict[str, Tensor]:
+        *_, log_w, control = self.parts(model, x, rng, state)
+        return {"control": -((log_w - control) ** 2).mean(0)}
+
+
+def test_pieces_of_an_estimate_add_up_and_controls_learn() -> None:
+    model = scrambled(VAE(Architecture(data=4, hidden=(3,), latent=(2,), kind="bernoulli")), seed=4, scale=0.3)
+    x, estimator = data(2, 4), Learned(K=2)
+    assert apart(*twins(estimator, model, x, range(6))) < 1e-10
+    m = measure(Problem(model, x), estimator, replicates=4096, dtype=torch.float64)
+    assert m.engine == "rows"
+    wanted = Enumerated(model, x, 1).exact(elbo)
+    for group in ("generative", "inference"):
+        assert largest_t(m, group, wanted[group]) < 5
+    assert largest_t(m, "inference", Enumerated(model, x, 2).exact(bound)["inference"]) > 5  # another objective's
+
+
+def largest_t(m, group: str, wanted: Tensor) -> float:
+    mean = np.concatenate([m.mean[name].ravel() for name in m.groups[group]])
+    error = np.concatenate([np.sqrt(m.variance[name] / m.replicates).ravel() for name in m.groups[group]])
+    noisy = error > 0
+    assert noisy.any()
+    return float((np.abs(mean - wanted.numpy())[noisy] / error[noisy]).max())
+
+
+def test_a_control_follows_its_own_terms_only() -> None:
+    m = measure(Problem(BernoulliToy(), torch.ones(1, 1)), Learned(K=4), replicates=64, dtype=torch.float64)
+
+    x = torch.ones(1, 1).double()
+    model = BernoulliToy().double()
+    start = float(initial_state(Learned(K=4), model, x, 0).learned["control"].weight.detach())
+    after = float(settled(Learned(K=4), model, x, 0).learned["control"].weight.detach())
+    assert abs(after - 0.25) < abs(start - 0.25) - 0.2 or abs(after - 0.25) < 0.01  # f is about 1/4 on both values
+    assert np.abs(m.mean["control.weight"]).max() == 0
