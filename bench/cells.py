@@ -21,7 +21,7 @@ from gradiometer.bench.machine import processor
 from gradiometer.bench.measure import Engine, measure, row_of
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.named import fresh, held_out_of, named_problem
-from gradiometer.bench.problems import reason_to_skip
+from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.statistics import jackknife
 from gradiometer.bench.training import Recipe, train
 from gradiometer.estimators.noise import Rng
@@ -118,7 +118,8 @@ class Cell:
     def reason_to_skip(self) -> str | None:
         """Why this pair of problem and estimator cannot be measured, or None."""
         if self.kind == "training":
-            return None  # found out by the first step
+            model, dataset = fresh(self.problem, self.seed)
+            return reason_to_skip(Problem(model, dataset.train[: self.batch]), parse(self.estimator))
         return reason_to_skip(named_problem(self.problem, self.batch), parse(self.estimator))
 
 

@@ -158,7 +158,8 @@ def _trained(rows: pd.DataFrame) -> Iterator[str]:
         verdict = "ahead of" if separate else "not separated from"
         yield (
             f"{problem}, trained over {len(table)} seeds: `{first}` ends with the highest "
-            f"{METRICS[str(metric)].label}, {best} nats, {verdict} `{second}` (difference {format_uncertain(gaps.mean(), stderr)})."
+            f"{METRICS[str(metric)].label}, {best} nats, {verdict} `{second}` "
+            f"(difference {format_uncertain(gaps.mean(), stderr)})."
         )
 
 

@@ -4,6 +4,7 @@ import base64
 import difflib
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,37 +53,39 @@ def write(rows: pd.DataFrame, out: Path, formats: Iterable[str], machine: Mappin
     wanted = [form for form in FORMATS if form in _known(formats)]
     if rows.empty:
         raise RequestError("there are no rows to report: run a suite first, or name the folder that holds its results")
-    made = tables.tables(rows)
-    figures = plots.plots(rows) if set(wanted) & {"html", *plots.FORMATS} else []
+    tidied = selection.tidy(rows)
+    figures = plots.plots(tidied) if {"html", *plots.FORMATS} & set(wanted) else []
+    contents = _Contents(tidied, tables.tables(tidied), figures, findings(tidied), _facts(tidied, rows, machine))
     images = {form: {plot.name: plots.rendered(plot, form) for plot in figures} for form in _image_forms(wanted)}
     written = []
     for form in wanted:
         if form == "html":
-            written.append(_put(out / "report.html", html(rows, made, figures, images["svg"], machine).encode()))
+            written.append(_put(out / "report.html", _html(contents, images["svg"]).encode()))
         elif form == "md":
-            shown = next((f for f in ("svg", "png") if f in wanted), "")
-            written.append(
-                _put(out / "report.md", markdown(rows, made, figures if shown else [], shown, machine).encode())
-            )
+            beside = next((image for image in ("svg", "png") if image in wanted), "")
+            written.append(_put(out / "report.md", _markdown(contents, beside).encode()))
         elif form in ("tex", "csv"):
             text = {"tex": typeset.latex, "csv": typeset.csv}[form]
-            written += [
-                _put(out / "tables" / f"{typeset.stem(table.name)}.{form}", text(table).encode()) for table in made
-            ]
+            for table in contents.tables:
+                written.append(_put(out / "tables" / f"{typeset.stem(table.name)}.{form}", text(table).encode()))
         else:
-            written += [
-                _put(out / "figures" / f"{typeset.stem(name)}.{form}", image) for name, image in images[form].items()
-            ]
+            for name, image in images[form].items():
+                written.append(_put(out / "figures" / f"{typeset.stem(name)}.{form}", image))
     return written
 
 
-def html(
-    rows: pd.DataFrame,
-    made: list[Table],
-    figures: list[plots.Plot],
-    images: Mapping[str, bytes],
-    machine: Mapping[str, Any],
-) -> str:
+@dataclass(frozen=True)
+class _Contents:
+    """What every page of a report is made of."""
+
+    tidied: pd.DataFrame
+    tables: list[Table]
+    plots: list[plots.Plot]
+    findings: dict[str, list[str]]
+    facts: dict[str, str]
+
+
+def _html(contents: _Contents, images: Mapping[str, bytes]) -> str:
     """The report as one page without any reference to the outside; all text of the rows is escaped."""
     from jinja2 import Environment, StrictUndefined
 
@@ -93,40 +96,33 @@ def html(
         "unit": lambda of: typeset.unit_of(of) if isinstance(of, tables.Column) else tables.unit_text(of.unit),
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
-    tidied = selection.tidy(rows)
     problems: dict[str, list[Table]] = {}
-    for table in made:
+    for table in contents.tables:
         if table.lines:
             problems.setdefault(table.problem, []).append(table)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=_title(tidied),
-        summary=_summary(tidied),
-        facts=_facts(tidied, rows, machine),
-        findings=findings(rows),
-        plots=[_embedded(plot, images[plot.name]) for plot in figures],
+        title=_title(contents.tidied),
+        summary=_summary(contents.tidied),
+        facts=contents.facts,
+        findings=contents.findings,
+        plots=[_embedded(plot, images[plot.name]) for plot in contents.plots],
         separated=tables.SEPARATED,
         problems=problems,
         cell_of=typeset.html_cell,
-        unmeasured=selection.unmeasured(tidied).to_dict("records"),
-        metrics=[METRICS[name] for name in METRICS if name in set(tidied["metric"])],
+        unmeasured=selection.unmeasured(contents.tidied).to_dict("records"),
+        metrics=[METRICS[name] for name in METRICS if name in set(contents.tidied["metric"])],
     )
 
 
-def markdown(
-    rows: pd.DataFrame, made: list[Table], figures: list[plots.Plot], form: str, machine: Mapping[str, Any]
-) -> str:
-    """The report as one Markdown page; it shows the figures beside it in the format `form`."""
-    tidied = selection.tidy(rows)
-    parts = [f"# {_title(tidied)}", _summary(tidied)]
-    for topic, sentences in findings(rows).items():
+def _markdown(contents: _Contents, beside: str) -> str:
+    """The report as one Markdown page; it shows the figures written beside it in a format, if any were."""
+    parts = [f"# {_title(contents.tidied)}", _summary(contents.tidied)]
+    for topic, sentences in contents.findings.items():
         parts += [f"**{topic.replace(' x ', ' × ')}**", "\n".join(f"* {sentence}" for sentence in sentences)]
-    for plot in figures:
-        parts.append(f"![{plot.title}](figures/{typeset.stem(plot.name)}.{form})\n\n*{plot.title}.* {plot.caption}")
-    parts += [typeset.markdown(table).strip() for table in made]
-    parts += [
-        "## What was run",
-        "\n".join(f"* {name}: {value}" for name, value in _facts(tidied, rows, machine).items()),
-    ]
+    for plot in contents.plots if beside else []:
+        parts.append(f"![{plot.title}](figures/{typeset.stem(plot.name)}.{beside})\n\n*{plot.title}.* {plot.caption}")
+    parts += [typeset.markdown(table).strip() for table in contents.tables]
+    parts += ["## What was run", "\n".join(f"* {name}: {value}" for name, value in contents.facts.items())]
     return "\n\n".join(parts) + "\n"
 
 

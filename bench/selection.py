@@ -36,11 +36,14 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         rows: as the store yields them; columns that are absent get their defaults, so a bare measurement's rows do too.
+            Rows that are tidy already are returned as they are.
 
     Returns:
         The rows of parameter groups, without repetitions, with `label` (the estimator's word, with the settings in
         which its problem's cells differ), `series` (the word without K) and `name` (without any parameter).
     """
+    if "label" in rows:
+        return rows
     columns = {
         name: rows[name] if name in rows else pd.Series([default] * len(rows)) for name, default in _DEFAULTS.items()
     }

@@ -36,7 +36,9 @@ KINDS = {
     "linear": Architecture(data=5, hidden=(), latent=(3,), kind="bernoulli"),
     "two layers": Architecture(data=5, hidden=(4,), latent=(3, 2), between=(3,)),
     "three binary layers": Architecture(data=5, hidden=(4,), latent=(3, 2, 2), between=(3,), kind="bernoulli"),
-    "two categorical layers": Architecture(data=5, hidden=(4,), latent=(2, 3), between=(4,), kind="categorical", classes=3),
+    "two categorical layers": Architecture(
+        data=5, hidden=(4,), latent=(2, 3), between=(4,), kind="categorical", classes=3
+    ),
 }
 
 
@@ -79,7 +81,7 @@ def apart(batched: Draw, singles: list[Draw]) -> float:
         scale = float(alone.abs().max()) or 1.0
         worst = max(worst, float((batch - alone).abs().max()) / scale)
     log_w = torch.stack([single.log_w for single in singles], 1)
-    return max(worst, float((batched.log_w - log_w).abs().max()))
+    return max(worst, float(((batched.log_w - log_w) / log_w.abs().max()).abs().max()))
 
 
 def pairs() -> list:
@@ -220,8 +222,8 @@ def test_a_large_mean_does_not_swallow_a_small_variance() -> None:
     assert exact == pytest.approx(1.0, abs=5 * (2 / 2047) ** 0.5)
     assert all(value == pytest.approx(exact, rel=2e-3) for value in runs.values())
     # The control: raw moments in single precision lose it all.
-    z = 1e4 + torch.randn(2048, generator=torch.Generator().manual_seed(0))
-    assert abs(float((z**2).mean() - z.mean() ** 2) - 1) > 0.5
+    g = 1e4 + torch.randn(2048, generator=torch.Generator().manual_seed(0))
+    assert abs(float((g**2).mean() - g.mean() ** 2) - 1) > 0.5
 
 
 class HighSignal(FunctionToy):
@@ -402,7 +404,12 @@ class Learned(Estimator):
         q = model.guide(x)
         z = rng.sample(q, self.K)
         log_p, log_q = model.log_joint(x, z), q.log_prob(z)
-        return log_p, log_q, (log_p - log_q).detach(), state.learned["control"](torch.ones_like(log_q[0]).unsqueeze(-1)).squeeze(-1)
+        return (
+            log_p,
+            log_q,
+            (log_p - log_q).detach(),
+            state.learned["control"](torch.ones_like(log_q[0]).unsqueeze(-1)).squeeze(-1),
+        )
 
     def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
         log_p, log_q, log_w, control = self.parts(model, x, rng, state)
@@ -419,7 +426,7 @@ class Learned(Estimator):
 
 
 def test_pieces_of_an_estimate_add_up_and_controls_learn() -> None:
-    model = scrambled(VAE(Architecture(data=4, hidden=(3,), latent=(2,), kind="bernoulli")), seed=4, scale=0.3)
+    model = scrambled(VAE(Architecture(data=4, hidden=(3,), latent=(2,), kind="bernoulli")), seed=4, scale=1.5)
     x, estimator = data(2, 4), Learned(K=2)
     assert apart(*twins(estimator, model, x, range(6))) < 1e-10
     m = measure(Problem(model, x), estimator, replicates=4096, dtype=torch.float64)
@@ -427,7 +434,7 @@ def test_pieces_of_an_estimate_add_up_and_controls_learn() -> None:
     wanted = Enumerated(model, x, 1).exact(elbo)
     for group in ("generative", "inference"):
         assert largest_t(m, group, wanted[group]) < 5
-    assert largest_t(m, "inference", Enumerated(model, x, 2).exact(bound)["inference"]) > 5  # another objective's
+    assert largest_t(m, "inference", Enumerated(model, x, 2).exact(bound)["inference"]) > 5  # not another objective's
 
 
 def largest_t(m, group: str, wanted: Tensor) -> float:

@@ -32,7 +32,8 @@ class LatentVariableModel(Protocol):
 
 def offers(model: LatentVariableModel, x: Tensor) -> set[str]:
     """The capabilities an estimator may ask for in ``facts.needs`` that `model` has at the minibatch `x`."""
-    guide = model.guide(x)
+    held = next(iter(model.parameters()), x) if isinstance(model, nn.Module) else x
+    guide = model.guide(x.to(held))  # a measurement converts both; here only the shapes matter
     found = {name for name in ("likelihood", "prior", "enumerate") if callable(getattr(model, name, None))}
     if guide.has_rsample:
         found.add("rsample")

@@ -1,0 +1,332 @@
+"""The command line: ``gradiometer list | run | measure | compare | report | data``. Heavy imports wait for the command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gradiometer.bench.errors import RequestError
+
+THINGS = ("estimators", "problems", "suites", "metrics", "datasets")
+PLUGIN = click.option(
+    "--plugin", "plugins", multiple=True, metavar="FILE.py", help="A file of estimators to know beside ours; repeatable."
+)
+
+
+class Commands(click.Group):
+    """Turns requests that cannot be carried out into one sentence and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RequestError as error:
+            raise _Refusal(str(error)) from None
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise SystemExit(0) from None
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"gradiometer: {self.message}", err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="gradiometer")
+def main() -> None:
+    """Measure Monte-Carlo gradient estimators: bias, variance, signal-to-noise ratio, cost, and the models they train."""
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(THINGS), required=False)
+@PLUGIN
+def list_(what: str | None, plugins: tuple[str, ...]) -> None:
+    """Show what there is to measure."""
+    for thing in [what] if what else THINGS:
+        if not what:
+            click.secho(thing, bold=True)
+        for name, summary in _listed(thing, plugins):
+            click.echo(f"  {name:<24}{summary}" if not what else f"{name:<24}{summary}")
+
+
+@main.command()
+@click.argument("suite", metavar="SUITE|FILE.toml")
+@click.option("--out", type=click.Path(path_type=Path), help="Results folder; results/local/SUITE if not given.")
+@click.option("--only", metavar="PATTERN", help="Only estimators or problems that match, as in 'iwae*'.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the suite; repeatable.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Cells side by side; changes no row.")
+@PLUGIN
+def run(
+    suite: str, out: Path | None, only: str | None, settings: tuple[str, ...], device: str, jobs: int, plugins: tuple[str, ...]
+) -> None:
+    """Run a suite; what is finished is kept, what failed is tried again.
+
+    Exit status: 0 done, 1 some cells failed (they are listed), 2 the request is wrong.
+    """
+    from gradiometer.bench import runner, store
+    from gradiometer.bench import suite as suites
+
+    _load(plugins)
+    _must_exist(device)
+    name, content = suites.read(suite, settings)
+    cells = content.cells(device, only)
+    if not cells:
+        raise RequestError(f"no cell of {name} matches --only {only!r}")
+    folder = out or Path("results/local") / name
+    store.open_for_writing(folder)
+    click.echo(f"{content.title}: {len(cells)} cells into {folder}")
+    store.write_index(folder, name, content.title, content.description, [cell.key for cell, _ in cells])
+    with _progress(len(cells)) as tell, runner.interruptible():
+        try:
+            outcomes = runner.run(cells, folder, jobs=jobs, plugins=plugins, report=tell)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted; finished cells are kept, and the same command goes on from here", err=True)
+            raise SystemExit(130) from None
+    raise SystemExit(_summarize(outcomes, folder))
+
+
+@main.command()
+@click.argument("problem")
+@click.option("-e", "--estimator", "words", multiple=True, required=True, metavar="WORD", help="As in dreg:K=8; repeatable.")
+@click.option("-m", "--metric", "metrics", multiple=True, metavar="NAME", help="Columns of the table; repeatable.")
+@click.option("--replicates", type=click.IntRange(min=4), default=1024, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=20, show_default=True, help="Data points in the minibatch.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--reference", metavar="WORD", default="", help="The estimator whose mean gradient `cosine` refers to.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also keep the rows in this folder.")
+@PLUGIN
+def measure(
+    problem: str,
+    words: tuple[str, ...],
+    metrics: tuple[str, ...],
+    replicates: int,
+    batch: int,
+    seed: int,
+    reference: str,
+    device: str,
+    out: Path | None,
+    plugins: tuple[str, ...],
+) -> None:
+    """Compare estimators on one problem and print a table, value ± standard error per parameter group."""
+    from gradiometer.bench.metrics import COST, METRICS
+
+    for name in metrics:
+        if name not in METRICS:
+            raise RequestError(f"unknown metric {name!r}{_nearest(name, METRICS)}")
+    from gradiometer.bench.cells import Cell
+    from gradiometer.bench.named import parse_problem
+
+    _load(plugins)
+    _must_exist(device)
+    parse_problem(problem)
+    estimators = [_word(word) for word in words]
+    shared: dict[str, Any] = {"problem": problem, "batch": batch, "seed": seed, "device": device}
+    reference = _word(reference) if reference else ""
+    cells = [Cell("gradient", estimator=w, replicates=replicates, reference=reference, **shared) for w in estimators]
+    if set(metrics) & set(COST) - {"evaluations", "variance_evaluations"}:
+        cells += [Cell("cost", estimator=w, **shared) for w in estimators]
+    _measure(cells, metrics, out)
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR...")
+@click.option("--metric", default="variance", show_default=True)
+@click.option("--baseline", required=True, metavar="WORD", help="The estimator that the others are divided by.")
+def compare(folders: tuple[Path, ...], metric: str, baseline: str) -> None:
+    """Ratios to a baseline with 95 % intervals; paired, wherever both estimators saw the same noise."""
+    import pandas as pd
+
+    from gradiometer.bench import store, terminal
+    from gradiometer.bench.compare import ratios
+    from gradiometer.bench.metrics import METRICS
+
+    if metric not in METRICS:
+        raise RequestError(f"unknown metric {metric!r}{_nearest(metric, METRICS)}")
+    rows = pd.concat([store.load(folder) for folder in folders], ignore_index=True)
+    _console().print(terminal.ratio_table(ratios(rows, metric, baseline), metric, baseline))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--format", "formats", default="html,md,csv,tex,png", show_default=True, help="Also svg and pdf.")
+def report(folder: Path, formats: str) -> None:
+    """Write the tables, figures and report.html of a results folder into it."""
+    from gradiometer.bench import report as reports
+    from gradiometer.bench import store
+
+    rows = store.load(folder)
+    if rows.empty:
+        raise RequestError(f"{folder} holds no finished cells yet: run the suite first")
+    written = reports.write(rows, folder, [word for word in formats.split(",") if word], store.machine(folder))
+    click.echo(f"{len(written)} files; open {folder / 'report.html'}" if "html" in formats else f"{len(written)} files")
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME ...]")
+def data(names: tuple[str, ...]) -> None:
+    """Fetch data sets and verify their checksums; all of them if none is named."""
+    from gradiometer.bench.data import NAMES, fetch
+
+    for name in names:
+        if name not in NAMES:
+            raise RequestError(f"unknown data set {name!r}{_nearest(name, NAMES)}")
+    refused = []
+    for name in names or NAMES:
+        try:
+            for located in fetch(name):
+                click.echo(f"{name}: {located}")
+        except RequestError as error:
+            refused.append(str(error))
+            click.echo(f"{name}: {error}", err=True)
+    raise SystemExit(1 if refused else 0)
+
+
+def _listed(thing: str, plugins: Iterable[str]) -> Iterable[tuple[str, str]]:
+    if thing == "metrics":
+        from gradiometer.bench.metrics import METRICS
+
+        return [(m.name, f"{m.label} [{m.unit}]") for m in METRICS.values()]
+    if thing == "datasets":
+        from gradiometer.bench.data import describe
+
+        return [(row["name"], f"{row['images']} of {row['shape']}; {row['summary']}") for row in describe()]
+    if thing == "estimators":
+        from gradiometer.estimators.registry import catalogue
+
+        _load(plugins)
+        return [(name, (cls.__doc__ or "").splitlines()[0]) for name, cls in catalogue().items()]
+    if thing == "suites":
+        from gradiometer.bench import suite as suites
+
+        return [(name, suites.read(name)[1].title) for name in suites.names()]
+    from gradiometer.bench.named import REFERENCES, TOYS
+
+    trained = [(f"{name}@{{init,early,late}}", ref.summary) for name, ref in REFERENCES.items()]
+    return trained + [(name, (toy.__doc__ or "").splitlines()[0]) for name, toy in TOYS.items()]
+
+
+def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> None:
+    from gradiometer.bench import machine, store, terminal
+    from gradiometer.bench.efficiency import with_products
+    from gradiometer.bench.replicates import Failure
+
+    if out is not None:
+        store.open_for_writing(out)
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        if (reason := cell.reason_to_skip()) is not None:
+            made = cell.without_numbers("skipped", reason)
+        else:
+            try:
+                made = cell.run()
+            except (Failure, ArithmeticError, NotImplementedError) as error:
+                made = cell.without_numbers("failed", str(error))
+        if out is not None:
+            store.write_cell(out, cell.key, made, machine.describe())
+        rows += made
+    if out is not None:
+        store.write_index(out, "measure", "One comparison", "", [cell.key for cell in cells])
+    console = _console()
+    table = with_products(store.frame(rows))
+    shown = {"metrics": metrics} if metrics else {}
+    console.print(terminal.comparison(table, width=console.width, **shown))
+    raise SystemExit(1 if (table["status"] == "failed").any() else 0)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A pipe has no width: 120 columns hold the table.
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _word(word: str) -> str:
+    from gradiometer.estimators.registry import parse
+
+    try:
+        return str(parse(word))
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def _load(plugins: Iterable[str]) -> None:
+    from gradiometer.estimators.registry import load_plugin
+
+    for plugin in plugins:
+        try:
+            load_plugin(plugin)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+
+
+def _must_exist(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise RequestError(f"this machine has no device {device!r}; --device cpu works everywhere") from None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    matches = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+
+
+class _progress:
+    """A bar on a terminal, a line per cell elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.total, self.done = total, 0
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self.bar = Progress(*columns) if sys.stdout.isatty() else None
+
+    def __enter__(self) -> Callable[[Any], None]:
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total)
+        return self.tell
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def tell(self, outcome: Any) -> None:
+        self.done += 1
+        said = f"{outcome.cell}: {outcome.status}" + (f": {outcome.reason}" if outcome.status in ("failed", "skipped") else "")
+        if self.bar is not None:
+            self.bar.update(self.task, advance=1, description=str(outcome.cell))
+            if outcome.status in ("failed", "skipped"):
+                self.bar.print(said)
+        elif outcome.status != "kept":
+            click.echo(f"[{self.done}/{self.total}] {said}" + (f" ({outcome.seconds:.1f} s)" if outcome.seconds else ""))
+
+
+def _summarize(outcomes: Iterable[Any], folder: Path) -> int:
+    by: dict[str, list[Any]] = {}
+    for outcome in outcomes:
+        by.setdefault(outcome.status, []).append(outcome)
+    failed, kept = by.get("failed", []), by.get("kept", [])
+    if len(kept) == sum(map(len, by.values())):
+        click.echo(f"nothing to do: all {len(kept)} cells are finished")
+    else:
+        counts = ", ".join(f"{len(found)} {status}" for status, found in by.items())
+        click.echo(f"{counts}; next: gradiometer report {folder}")
+    for outcome in failed:
+        click.echo(f"failed: {outcome.cell}: {outcome.reason}", err=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Paired ratios of a metric between estimators, from stored rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gradiometer.bench.errors import RequestError
+from gradiometer.bench.statistics import Value, ratio
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SAME_NOISE = ["seed", "replicates", "B", "digest"]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """An estimator's value over the baseline's; `paired` if both saw the same noise."""
+
+    problem: str
+    group: str
+    estimator: str
+    K: int
+    evaluations: float
+    value: Value
+    paired: bool
+
+
+def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
+    """Every estimator's `metric` over the baseline's, per problem and group.
+
+    Raises:
+        RequestError: the metric or the baseline was not measured, or the two stand for different parameters or data.
+    """
+    measured = rows[(rows["metric"] == metric) & (rows["status"] == "ok") & (rows["kind"] != "training")]
+    if measured.empty:
+        known = ", ".join(sorted(set(rows["metric"]) - {""}))
+        raise RequestError(f"{metric!r} was not measured here; these were: {known}")
+    if baseline not in set(measured["estimator"]):
+        raise RequestError(f"the baseline {baseline!r} was not measured here; these were: {', '.join(sorted(set(measured['estimator'])))}")
+    found = list(_ratios(measured, baseline))
+    if not found:
+        raise RequestError(f"no problem has both {baseline!r} and another estimator with a positive {metric}")
+    return found
+
+
+def _ratios(measured: pd.DataFrame, baseline: str) -> Iterator[Ratio]:
+    for (problem, group), cells in measured.groupby(["problem", "group"], sort=False):
+        bases = cells[cells["estimator"] == baseline]
+        for _, row in cells[cells["estimator"] != baseline].iterrows():
+            for _, base in bases.iterrows():
+                if row["digest"] != base["digest"]:
+                    raise RequestError(f"{problem} stands for different parameters or data in these results (other snapshots): rerun one")
+                if row["version"] != base["version"]:
+                    raise RequestError(f"{row['metric']} was redefined between these results: rerun the older one")
+                if row["value"] > 0 and base["value"] > 0:
+                    paired = all(row[c] == base[c] for c in SAME_NOISE) and isinstance(row["jackknife"], list)
+                    value = ratio(_value(row), _value(base)) if paired else _independent(row, base)
+                    yield Ratio(problem, group, row["estimator"], int(row["K"]), row["evaluations"], value, paired)
+
+
+def _value(row: Any) -> Value:
+    return Value(row["value"], row["stderr"], row["low"], row["high"], tuple(row["jackknife"] or ()))
+
+
+def _independent(row: Any, base: Any) -> Value:
+    """The ratio of two values with independent errors, its interval on the log scale."""
+    value = row["value"] / base["value"]
+    relative = math.hypot(row["stderr"] / row["value"], base["stderr"] / base["value"])
+    factor = math.exp(1.96 * relative)
+    return Value(value, value * relative, value / factor, value * factor)

@@ -1,0 +1,151 @@
+"""Runs the cells of a suite: side by side where that cannot change a number, one at a time where seconds are the number."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from pebble import ProcessExpired, ProcessPool
+
+from gradiometer.bench import machine, store
+from gradiometer.bench.cells import Cell
+from gradiometer.estimators.registry import load_plugin
+
+TIMED = ("cost", "training")  # kinds whose rows hold seconds: never beside another cell
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: "ok", "skipped", "failed", or "kept" if it was finished before."""
+
+    cell: Cell
+    status: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def run(
+    cells: Sequence[tuple[Cell, float]],
+    folder: Path,
+    *,
+    jobs: int = 1,
+    plugins: Sequence[str] = (),
+    report: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Run the cells that are not finished in `folder`, writing each as it ends.
+
+    Args:
+        cells: with their time limits in seconds.
+        folder: made by `store.open_for_writing`.
+        jobs: processes for cells without timings; it changes no row.
+        plugins: files of estimators, loaded in every process.
+        report: called with each outcome as it is known.
+    """
+    outcomes: list[Outcome] = []
+
+    def tell(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        report(outcome)
+
+    waiting = []
+    for cell, limit in cells:
+        if (status := finished(folder, cell.key)) is not None:
+            tell(Outcome(cell, "kept", status))
+        elif (reason := cell.reason_to_skip()) is not None:
+            store.write_cell(folder, cell.key, cell.without_numbers("skipped", reason), machine.describe())
+            tell(Outcome(cell, "skipped", reason))
+        else:
+            waiting.append((cell, limit))
+    for timed, workers in ((False, jobs), (True, 1)):
+        batch = [(cell, limit) for cell, limit in waiting if (cell.kind in TIMED) == timed]
+        if batch:
+            _run_batch(batch, folder, min(workers, len(batch)), plugins, tell)
+    return outcomes
+
+
+def finished(folder: Path, key: str) -> str | None:
+    """The status of a cell that need not run again; one that failed is tried again."""
+    record = store.read_cell(folder, key)
+    if record is None:
+        return None
+    status = str((record["shared"] | record["rows"][0]).get("status"))
+    return None if status == "failed" else status
+
+
+def _run_batch(
+    batch: list[tuple[Cell, float]], folder: Path, workers: int, plugins: Sequence[str], tell: Callable[[Outcome], None]
+) -> None:
+    pool = ProcessPool(workers, context=get_context("spawn"), initializer=_start, initargs=(list(plugins),))
+    try:
+        pending = {pool.schedule(_work, args=(cell, folder), timeout=limit): (cell, limit) for cell, limit in batch}
+        for future in _as_completed(list(pending)):
+            cell, limit = pending[future]
+            tell(_outcome(future, cell, limit, folder))
+        pool.close()
+    except BaseException:
+        pool.stop()
+        raise
+    finally:
+        pool.join()
+
+
+def _as_completed(futures: list[Future[Outcome]]) -> Iterator[Future[Outcome]]:
+    left = set(futures)
+    while left:
+        done, left = wait(left, timeout=0.5, return_when="FIRST_COMPLETED")
+        yield from done
+
+
+def _outcome(future: Future[Outcome], cell: Cell, limit: float, folder: Path) -> Outcome:
+    try:
+        return future.result()
+    except FutureTimeout:
+        reason = f"it took longer than its time limit of {limit:g} s"
+    except ProcessExpired as error:
+        reason = f"its process died (exit code {error.exitcode}): out of memory, most likely"
+    store.write_cell(folder, cell.key, cell.without_numbers("failed", reason), machine.describe())
+    return Outcome(cell, "failed", reason)
+
+
+def _start(plugins: list[str]) -> None:
+    """In a fresh worker: leave Ctrl-C to the parent, and know the user's estimators."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for plugin in plugins:
+        load_plugin(plugin)
+
+
+def _work(cell: Cell, folder: Path) -> Outcome:
+    """In a worker: run one cell and publish what came of it."""
+    began = time.perf_counter()
+    status, reason = "ok", ""
+    try:
+        rows = cell.run()
+    except Exception as error:  # a cell that fails is a row, whatever it raised
+        said = str(error).splitlines()
+        status, reason = "failed", said[0] if said else type(error).__name__
+        if not isinstance(error, ValueError | RuntimeError):
+            reason = f"{type(error).__name__}: {reason}"
+        rows = cell.without_numbers(status, reason)
+    store.write_cell(folder, cell.key, rows, machine.describe())
+    return Outcome(cell, status, reason, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, so that a scheduler's kill loses no finished cell and no worker lingers."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

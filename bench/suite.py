@@ -1,0 +1,253 @@
+"""Suites: TOML files that say which estimators are measured on which problems, validated before anything runs."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gradiometer.bench.cells import Cell
+from gradiometer.bench.errors import RequestError
+from gradiometer.bench.named import REFERENCES, parse_problem
+from gradiometer.estimators.registry import nearest, parse
+
+
+def _estimator(word: str) -> str:
+    return str(parse(word))
+
+
+def _problem(word: str) -> str:
+    return parse_problem(word).word
+
+
+def _vae(word: str) -> str:
+    if word not in REFERENCES:
+        raise ValueError(f"no VAE to train is called {word!r}{nearest(word, list(REFERENCES))}")
+    return word
+
+
+EstimatorWord = Annotated[str, AfterValidator(_estimator)]
+ProblemWord = Annotated[str, AfterValidator(_problem)]
+VaeWord = Annotated[str, AfterValidator(_vae)]
+Positive = Annotated[int, Field(ge=1)]
+Some = Field(min_length=1)
+
+
+class Block(BaseModel):
+    """One grid of cells."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    K: list[Positive] | None = None
+    batch: Positive = 20
+    time_limit: Annotated[float, Field(gt=0)] = 3600.0
+
+    @model_validator(mode="after")
+    def _particles_once(self) -> Block:
+        for word in getattr(self, "estimators", []) if self.K else []:
+            if "K=" in word:
+                raise ValueError(f"K is given twice: by the key K and by the word {word!r}")
+        return self
+
+    def words(self, estimators: Sequence[str]) -> list[str]:
+        """The estimators' canonical words, at each K if the block lists several."""
+        if not self.K:
+            return [str(parse(word)) for word in estimators]
+        return [str(parse(f"{w}{',' if ':' in w else ':'}K={K}")) for K in self.K for w in estimators]
+
+
+class GradientBlock(Block):
+    """Moments of the gradient of each estimator on each problem."""
+
+    problems: Annotated[list[ProblemWord], Some]
+    estimators: Annotated[list[str], Some]
+    replicates: Annotated[int, Field(ge=4)] = 1024
+    reference: EstimatorWord = ""
+    engine: Literal["auto", "rows", "loop"] = "auto"
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+class CostBlock(Block):
+    """Seconds and memory of one gradient."""
+
+    problems: Annotated[list[ProblemWord], Some]
+    estimators: Annotated[list[str], Some]
+    seconds: Annotated[float, Field(gt=0)] = 0.5
+
+
+class TrainingBlock(Block):
+    """Training runs, one per estimator and seed."""
+
+    problems: Annotated[list[VaeWord], Some]
+    estimators: Annotated[list[str], Some]
+    seeds: Annotated[list[int], Some] = [0]
+    batch: Positive = 100
+    steps: Positive
+    every: Positive
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class Suite(BaseModel):
+    """What `gradiometer run` runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    title: str
+    description: str = ""
+    seed: int = 0
+    threads: Positive = 1
+    gradient: list[GradientBlock] = []
+    cost: list[CostBlock] = []
+    training: list[TrainingBlock] = []
+
+    def cells(self, device: str = "cpu", only: str | None = None) -> list[tuple[Cell, float]]:
+        """The suite's cells, each once, with their time limits; `only` keeps estimators or problems that match a pattern."""
+        found: dict[Cell, float] = {}
+        for block, cell in self._grid(device):
+            if only is None or fnmatch(cell.estimator, only) or fnmatch(cell.problem, only):
+                found.setdefault(cell, block.time_limit)
+        return list(found.items())
+
+    def _grid(self, device: str) -> Iterator[tuple[Block, Cell]]:
+        shared: dict[str, Any] = {"device": device, "threads": self.threads}
+        for g in self.gradient:
+            of = {"replicates": g.replicates, "reference": g.reference, "engine": g.engine, "dtype": g.dtype}
+            for problem in g.problems:
+                for word in g.words(g.estimators):
+                    yield g, Cell("gradient", problem, word, g.batch, self.seed, **of, **shared)
+        for t in self.training:
+            of = {"steps": t.steps, "every": t.every, "learning_rate": t.learning_rate}
+            for problem in t.problems:
+                for word in t.words(t.estimators):
+                    for seed in t.seeds:
+                        yield t, Cell("training", problem, word, t.batch, self.seed + seed, **of, **shared)
+        for c in self.cost:
+            for problem in c.problems:
+                for word in c.words(c.estimators):
+                    yield c, Cell("cost", problem, word, c.batch, self.seed, seconds=c.seconds, **shared)
+
+
+def names() -> list[str]:
+    """The suites that come with the package."""
+    folder = files("gradiometer.bench") / "suites"
+    return sorted(path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml"))
+
+
+def read(word: str, settings: Sequence[str] = ()) -> tuple[str, Suite]:
+    """The name and content of a suite of ours or of a TOML file.
+
+    Args:
+        word: ``quickstart``, or a path that ends in ``.toml``.
+        settings: ``key=value`` from the command line, set in every block that has the key.
+
+    Raises:
+        RequestError: all that is wrong, with file and line.
+    """
+    if word.endswith(".toml"):
+        path = Path(word)
+        if not path.is_file():
+            raise RequestError(f"no suite file {path}")
+        text, where, name = path.read_text(encoding="utf-8"), str(path), path.stem
+    elif word in names():
+        text, where, name = (files("gradiometer.bench") / "suites" / f"{word}.toml").read_text("utf-8"), f"{word}.toml", word
+    else:
+        raise RequestError(f"unknown suite {word!r}{nearest(word, names())} (a file of your own ends in .toml)")
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RequestError(f"{where} is not TOML: {error}") from None
+    for setting in settings:
+        _override(content, setting)
+    return name, validated(content, text, where)
+
+
+def validated(content: dict[str, Any], text: str, where: str) -> Suite:
+    """The suite in parsed TOML `content`; `text` and `where` are for messages.
+
+    Raises:
+        RequestError: all that is wrong, with file and line.
+    """
+    try:
+        suite = Suite.model_validate(content)
+        for number, block in enumerate([*suite.gradient, *suite.training, *suite.cost]):
+            kind, i = _place(suite, number)
+            _words(block, (kind, i, "estimators"), text, where)
+    except ValidationError as error:
+        raise RequestError("; ".join(_sentence(e, text, where) for e in error.errors())) from None
+    if not (suite.gradient or suite.cost or suite.training):
+        raise RequestError(f"{where} asks for nothing: add a [[gradient]], [[training]] or [[cost]] block")
+    return suite
+
+
+def _place(suite: Suite, number: int) -> tuple[str, int]:
+    for kind in ("gradient", "training", "cost"):
+        blocks = len(getattr(suite, kind))
+        if number < blocks:
+            return kind, number
+        number -= blocks
+    raise IndexError(number)
+
+
+def _words(block: Any, location: tuple[str | int, ...], text: str, where: str) -> None:
+    try:
+        block.words(block.estimators)
+    except ValueError as error:
+        raise RequestError(f"{where}, line {line_of(location, text)}: {error}") from None
+
+
+def _override(content: dict[str, Any], setting: str) -> None:
+    key, equals, value = setting.partition("=")
+    if not equals:
+        raise RequestError(f"--set {setting} should read key=value, as in --set replicates=256")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    places = [(kind, model) for kind, model in (("gradient", GradientBlock), ("cost", CostBlock), ("training", TrainingBlock))]
+    hit = key in Suite.model_fields and key not in ("gradient", "cost", "training")
+    if hit:
+        content[key] = parsed
+    for kind, model in places:
+        if key in model.model_fields:
+            for block in content.get(kind, []):
+                block[key], hit = parsed, True
+    if not hit:
+        known = [*Suite.model_fields, *(field for _, model in places for field in model.model_fields)]
+        raise RequestError(f"--set: no key {key!r}{nearest(key, list(dict.fromkeys(known)))}")
+
+
+def _sentence(error: Any, text: str, where: str) -> str:
+    location: tuple[str | int, ...] = error["loc"]
+    path = ".".join(str(part) for part in location)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        models: dict[str, type[BaseModel]] = {"gradient": GradientBlock, "cost": CostBlock, "training": TrainingBlock}
+        known = models.get(str(location[0]), Suite) if len(location) > 1 else Suite
+        message = f"unknown key{nearest(str(location[-1]), list(known.model_fields))}"
+    elif error["type"] == "missing":
+        message = "this key is missing"
+    elif "input" in error and not isinstance(error["input"], dict | list) and not message.startswith(("unknown", "no ")):
+        message = f"{message[0].lower()}{message[1:]}, not {error['input']!r}"
+    return f"{where}, line {line_of(location, text)}: {path}: {message}"
+
+
+def line_of(location: Sequence[str | int], text: str) -> int:
+    """The line of a key that `tomllib` has lost: the key's line within its block, or the block's own."""
+    lines = text.splitlines()
+    start, stop = 0, len(lines)
+    parts = list(location)
+    if len(parts) >= 2 and isinstance(parts[1], int):
+        headers = [i for i, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{re.escape(str(parts[0]))}\s*\]\]", line)]
+        if parts[1] < len(headers):
+            start = headers[parts[1]]
+            stop = next((i for i in range(start + 1, len(lines)) if lines[i].lstrip().startswith("[")), len(lines))
+            stop = next((i for i in range(start + 1, stop) if re.match(r"\s*\[\[", lines[i])), stop)
+        parts = parts[2:]
+    for i in range(start, stop):
+        if parts and re.match(rf"\s*{re.escape(str(parts[0]))}\s*=", lines[i]):
+            return i + 1
+    return start + 1

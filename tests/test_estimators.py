@@ -1,0 +1,548 @@
+"""Every estimator against the exact gradient of what it says it ascends, and wrong ones that the same check must refuse."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from oracles import Enumerated, Outcomes, Quadrature, bound, elbo, off, scrambled
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from gradiometer.bench.gradients import one, trainable
+from gradiometer.bench.measure import Measurement, measure
+from gradiometer.bench.models.toys import BernoulliToy, FunctionToy, GaussianToy
+from gradiometer.bench.models.vae import VAE, Architecture
+from gradiometer.bench.problems import Problem
+from gradiometer.bench.training import initial_state, learning_step
+from gradiometer.estimators.base import Average, Coefficients, Facts, State, Surrogate, Weighted
+from gradiometer.estimators.importance_weighted import IWAE, VIMCO, DReG
+from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.registry import catalogue, parse
+from gradiometer.estimators.reparameterization import SGVBA, STL
+from gradiometer.estimators.score_function import RLOO, Reinforce
+from gradiometer.estimators.weights import log_mean_exp_of_others, log_mean_exp_with, mean_of_others
+
+EXACT = 1e-9  # what enumeration leaves of an unbiased estimator
+BIASED = 1e-2  # and what a planted mistake leaves at least
+OBJECTIVES = {"elbo": elbo, "iwelbo": bound}
+SCORES = ["reinforce", "moving-average", "rloo", "vimco", "rws"]
+PATHWISE = ["sgvb-a", "sgvb-b", "stl", "iwae", "dreg"]
+
+
+def binary(K: int, units: int = 2) -> Outcomes:
+    model = scrambled(VAE(Architecture(data=4, hidden=(3,), latent=(units,), kind="bernoulli")), seed=5, scale=1.2)
+    return Enumerated(model, torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 0], [1, 1, 0, 1]]).double(), K)
+
+
+def gaussian(K: int) -> Outcomes:
+    model = scrambled(VAE(Architecture(data=3, hidden=(3,), latent=(1,))), seed=6, scale=0.4)
+    return Quadrature(model, torch.tensor([[1.0, 0, 1], [0, 0, 1]]).double(), K, nodes={1: 80, 2: 64, 3: 30}[K])
+
+
+def frozen(outcomes: Outcomes, estimator: Weighted) -> State:
+    state = estimator.init_state(outcomes.model, outcomes.x)
+    for average in state.tracked.values():
+        average.update(torch.tensor(-1.7).double())
+    return state
+
+
+def errors(estimator: Weighted, outcomes: Outcomes, objective: str | None = None) -> dict[str, float]:
+    """By group, the error of the estimator's expectation for the objective its facts name, or for another one."""
+    found = outcomes.expected(estimator, frozen(outcomes, estimator))
+    wanted = {
+        group: outcomes.exact(OBJECTIVES[objective or estimator.facts.objective_of(group)])[group]
+        for group in found
+        if objective or estimator.facts.objective_of(group) in OBJECTIVES
+    }
+    return off({group: found[group] for group in wanted}, wanted)
+
+
+def test_no_estimator_is_left_out() -> None:
+    ours = {name for name, cls in catalogue().items() if cls.__module__.startswith("gradiometer.estimators.")}
+    assert ours == {*SCORES, *PATHWISE, "nvi"}, "an estimator without an exact test; nvi has a file of its own"
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+@pytest.mark.parametrize("word", SCORES)
+def test_on_all_outcomes_of_a_binary_model(word: str, K: int) -> None:
+    if catalogue()[word].facts.least_particles > K:
+        with pytest.raises(ValueError, match=rf"{word} needs K >= 2, not K=1"):
+            parse(f"{word}:K={K}")
+        return
+    found = errors(parse(f"{word}:K={K}"), binary(K))
+    assert max(found.values()) < EXACT
+    assert set(found) == ({"generative"} if word == "rws" else {"generative", "inference"})
+
+
+@pytest.mark.parametrize("word", SCORES + PATHWISE)
+def test_by_quadrature_of_a_gaussian_model(word: str) -> None:
+    found = errors(parse(f"{word}:K=2"), gaussian(2))
+    assert max(found.values()) < 1e-6
+    assert set(found) == ({"generative"} if word == "rws" else {"generative", "inference"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["sgvb-a", "stl", "rloo", "iwae", "dreg", "vimco"])
+def test_by_quadrature_with_three_particles(word: str) -> None:
+    assert max(errors(parse(f"{word}:K=3"), gaussian(3)).values()) < 1e-4
+
+
+@pytest.mark.parametrize("word", SCORES + PATHWISE)
+def test_the_objectives_can_be_told_apart(word: str) -> None:
+    """The check above means something: at K = 2 the other objective's gradient is far away."""
+    estimator = parse(f"{word}:K=2")
+    other = "elbo" if estimator.facts.objective_of("generative") == "iwelbo" else "iwelbo"
+    outcomes = binary(2) if word in SCORES else gaussian(2)
+    assert min(errors(estimator, outcomes, other).values()) > BIASED
+
+
+def test_wake_wake_descends_the_inclusive_divergence_with_a_bias_that_shrinks() -> None:
+    exact = inclusive(binary(1))
+    sizes = {}
+    for K in (2, 4, 6):
+        outcomes = binary(K)
+        found = outcomes.expected(parse(f"rws:K={K}"), State())["inference"]
+        assert torch.allclose(found, self_normalized(outcomes), atol=1e-12)
+        sizes[K] = float((found - exact).norm() / exact.norm())
+    assert BIASED < sizes[6] < 0.85 * sizes[4] < 0.85**2 * sizes[2]
+    assert "inference" in parse("rws").facts.biased
+    assert "generative" not in parse("rws").facts.biased
+    one_particle = errors(parse("rws:K=1"), binary(1), "elbo")
+    assert one_particle["inference"] == pytest.approx(1)  # its mean is zero
+
+
+def inclusive(outcomes: Outcomes) -> Tensor:
+    """The gradient of ``-KL(p(z|x) || q(z|x))`` in the guide, over all states."""
+    z = outcomes.draws()  # [1, S, B, D]: every state once
+    posterior = outcomes.model.log_joint(outcomes.x, z)[0].softmax(0).detach()
+    log_q = outcomes.model.guide(outcomes.x).log_prob(z)[0]
+    return flat((posterior * log_q).sum(0).mean(), outcomes)
+
+
+def self_normalized(outcomes: Outcomes) -> Tensor:
+    z = outcomes.draws()
+    log_q = outcomes.model.guide(outcomes.x).log_prob(z)
+    weights = (outcomes.model.log_joint(outcomes.x, z) - log_q).exp().detach()
+    each = (weights * log_q).sum(0) / weights.sum(0)
+    return flat((outcomes.probabilities().detach() * each).sum(0).mean(), outcomes)
+
+
+def flat(value: Tensor, outcomes: Outcomes) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, outcomes.groups["inference"])])
+
+
+# Wrong estimators. Each has to be refused by the check that the right ones pass.
+
+FACTS = {"elbo": Facts("wrong", family="test"), "iwelbo": Facts("wrong", family="test", objective="iwelbo")}
+REPARAMETERIZED = Facts("wrong", family="test", objective="iwelbo", needs=("rsample",))
+
+
+@dataclass(frozen=True)
+class Columns(Weighted):
+    """Whatever columns it is given."""
+
+    K: int = 2
+    of: Callable[[Tensor], tuple] = None  # type: ignore[assignment]
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        return Coefficients(*self.of(log_w))
+
+
+def wrong(objective: str, of: Callable[[Tensor], tuple], pathwise: bool = False) -> Weighted:
+    facts = Facts("wrong", family="test", objective=objective, needs=("rsample",) if pathwise else ())
+    return type("Wrong", (Columns,), {"facts": facts})(2, of)
+
+
+def mean(x: Tensor) -> Tensor:
+    return torch.full_like(x, 1 / len(x))
+
+
+def lme(x: Tensor) -> Tensor:
+    return x.exp().mean(0).log()
+
+
+def w(x: Tensor) -> Tensor:
+    return x.exp() / x.exp().sum(0)
+
+
+def others(x: Tensor) -> Tensor:
+    return (x.sum(0) - x) / (len(x) - 1)
+
+
+def own(x: Tensor) -> Tensor:
+    """VIMCO's term with the arithmetic mean of the others, by hand for two particles: the other weight alone."""
+    return lme(x) - x.flip(0)
+
+
+RIGHT_COLUMNS = {
+    "reinforce": ("elbo", lambda x: (mean(x), None, x / 2), False),
+    "rloo": ("elbo", lambda x: (mean(x), None, (x - others(x)) / 2), False),
+    "vimco-arithmetic": ("iwelbo", lambda x: (w(x), None, own(x) - w(x)), False),
+    "iwae": ("iwelbo", lambda x: (w(x), w(x), -w(x)), True),
+    "dreg": ("iwelbo", lambda x: (w(x), w(x) ** 2, None), True),
+}
+WRONG_COLUMNS = {
+    "sign": ("elbo", lambda x: (mean(x), None, -x / 2), False),
+    "sum over particles for mean": ("elbo", lambda x: (mean(x), None, x), False),
+    "baseline with its own sample": ("elbo", lambda x: (mean(x), None, (x - x.mean(0)) / 2), False),
+    "baseline of the bound with its own sample": ("iwelbo", lambda x: (w(x), None, lme(x) - x - w(x)), False),
+    "no score term": ("iwelbo", lambda x: (w(x), None, -w(x)), False),
+    "no pathwise part for discrete latents": ("iwelbo", lambda x: (w(x), None, None), False),
+    "reinforce of the bound without w": ("iwelbo", lambda x: (w(x), None, lme(x) + 0 * x), False),
+    "w for w squared": ("iwelbo", lambda x: (w(x), w(x), None), True),
+    "w squared with the score": ("iwelbo", lambda x: (w(x), w(x) ** 2, -w(x)), True),
+    "normalised over the batch": ("iwelbo", lambda x: (w(x), x.softmax(-1) ** 2, None), True),
+    "equal weights": ("iwelbo", lambda x: (mean(x), w(x) ** 2, None), True),
+    "scale right on average": ("iwelbo", lambda x: (1.5 * w(x), 0.5 * w(x) ** 2, None), True),
+    "zero guide": ("elbo", lambda x: (mean(x), None, None), True),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT_COLUMNS)
+def test_right_columns_pass(name: str) -> None:
+    objective, of, pathwise = RIGHT_COLUMNS[name]
+    found = errors(wrong(objective, of, pathwise), gaussian(2) if pathwise else binary(2))
+    assert max(found.values()) < (1e-6 if pathwise else EXACT)
+
+
+@pytest.mark.parametrize("name", WRONG_COLUMNS)
+def test_wrong_columns_do_not(name: str) -> None:
+    objective, of, pathwise = WRONG_COLUMNS[name]
+    assert max(errors(wrong(objective, of, pathwise), gaussian(2) if pathwise else binary(2)).values()) > BIASED
+
+
+@dataclass(frozen=True)
+class NotDetached(Weighted):
+    """IWAE, whose weights are differentiated along with what they weigh."""
+
+    K: int = 2
+    facts = REPARAMETERIZED
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        raise NotImplementedError
+
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        q = model.guide(x)
+        z = rng.rsample(q, self.K)
+        log_w = model.log_joint(x, z) - q.log_prob(z)
+        term = (log_w.softmax(0) * log_w).sum(0)
+        return Surrogate({"generative": term, "inference": term}, log_w.detach())
+
+
+def test_weights_that_are_not_detached_are_refused() -> None:
+    found = errors(NotDetached(), gaussian(2))
+    assert min(found.values()) > BIASED
+
+
+def test_the_hand_formulas_of_weights() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double() * 3
+    for k in range(3):
+        rest = [i for i in range(3) if i != k]
+        assert torch.allclose(mean_of_others(x)[k], x[rest].mean(0))
+        assert torch.allclose(log_mean_exp_of_others(x)[k], x[rest].exp().mean(0).log())
+        replaced = x.clone()
+        replaced[k] = 0.3 * x[k]
+        assert torch.allclose(log_mean_exp_with(x, 0.3 * x)[k], replaced.exp().mean(0).log())
+    huge = torch.tensor([[900.0], [-900.0], [0.0]]).double()
+    assert torch.equal(log_mean_exp_of_others(huge)[:, 0].round(), torch.tensor([-1.0, 899, 899]).double())
+
+
+# Identities, draw by draw.
+
+
+def draw(word: str, model: nn.Module, x: Tensor, replicate: int = 0) -> dict[str, Tensor]:
+    estimator = parse(word)
+    state = initial_state(estimator, model, x, 0)
+    return one(estimator, model, x, Rng(3, replicate), state, trainable(model, state)).gradients
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor], prefix: str = "") -> bool:
+    return all(torch.allclose(first[n], second[n], rtol=1e-12, atol=1e-13) for n in first if n.startswith(prefix))
+
+
+@pytest.mark.parametrize(("first", "second"), [("iwae:K=1", "sgvb-a:K=1"), ("dreg:K=1", "stl:K=1")])
+@pytest.mark.parametrize("latent", [(3,), (3, 2)], ids=["one layer", "two layers"])
+def test_with_one_particle_bounds_are_the_elbo(first: str, second: str, latent: tuple[int, ...]) -> None:
+    model = scrambled(VAE(Architecture(data=3, hidden=(4,), latent=latent, between=(3,))))
+    x = torch.tensor([[1.0, 0, 1], [0, 0, 1]]).double()
+    assert all(same(draw(first, model, x, r), draw(second, model, x, r)) for r in range(5))
+    assert not same(draw(first, model, x), draw("stl" if "iwae" in first else "sgvb-a", model, x), "encoder")
+
+
+def test_rloo_is_vargrad_and_moving_average_starts_as_reinforce() -> None:
+    outcomes = binary(3)
+    assert same(
+        draw("moving-average:K=3", outcomes.model, outcomes.x), draw("reinforce:K=3", outcomes.model, outcomes.x)
+    )
+    z = Rng(3, 0).sample(outcomes.model.guide(outcomes.x), 3)
+    log_q = outcomes.model.guide(outcomes.x).log_prob(z)
+    log_w = outcomes.model.log_joint(outcomes.x, z) - log_q
+    value = -0.5 * log_w.var(0).mean()  # the log-variance divergence, its gradient taken through q alone
+    found = torch.cat(
+        [g.flatten() for n, g in draw("rloo:K=3", outcomes.model, outcomes.x).items() if n.startswith("encoder")]
+    )
+    assert torch.allclose(flat(value, outcomes), found, rtol=1e-10, atol=1e-12)
+
+
+class Conjugate(nn.Module):
+    """``z ~ N(0, I)``, ``x|z ~ N(z, I)``: the posterior is ``N(x/2, 1/2 I)``, and the guide can be exactly that."""
+
+    groups = {"generative": (), "inference": ("encoder", "width")}  # noqa: RUF012
+
+    def __init__(self, units: int, off_by: float = 0.0) -> None:
+        super().__init__()
+        self.encoder, self.width = nn.Linear(units, units), nn.Linear(1, units, bias=False)
+        with torch.no_grad():
+            self.encoder.weight.copy_(torch.eye(units) / 2 + off_by)
+            self.encoder.bias.zero_()
+            self.width.weight.fill_(-0.5 * math.log(2))
+        self.double()
+        with torch.no_grad():
+            self.width.weight.fill_(-0.5 * math.log(2))
+
+    def guide(self, x: Tensor) -> Independent:
+        mean = self.encoder(x)
+        return Independent(Normal(mean, self.width(torch.ones_like(x[..., :1])).exp()), 1)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        return -0.5 * (z**2 + (x - z) ** 2 + 2 * math.log(2 * math.pi)).sum(-1)
+
+    def evidence(self, x: Tensor) -> Tensor:
+        """``x ~ N(0, 2 I)``."""
+        return (-(x**2) / 4 - 0.5 * math.log(4 * math.pi)).sum(-1)
+
+
+@pytest.mark.parametrize("word", ["stl", "stl:K=3", "dreg:K=3", "rloo:K=3"])
+def test_noiseless_at_the_exact_posterior(word: str) -> None:
+    x = torch.tensor([[1.0, -0.4], [0.3, 2.0]]).double()
+    estimator = parse(word)
+    state = initial_state(estimator, Conjugate(2), x, 0)
+    log_w = estimator.surrogate(Conjugate(2), x, Rng(0), state).log_w
+    assert torch.allclose(log_w, Conjugate(2).evidence(x).expand_as(log_w), atol=1e-14)
+    assert all(float(g.abs().max()) < 1e-13 for r in range(5) for g in draw(word, Conjugate(2), x, r).values())
+    assert max(float(g.abs().max()) for g in draw(word, Conjugate(2, off_by=0.1), x).values()) > 1e-3
+
+
+@pytest.mark.parametrize("word", ["sgvb-a", "iwae:K=3", "reinforce", "vimco:K=3"])
+def test_the_others_are_not_noiseless_there(word: str) -> None:
+    x = torch.tensor([[1.0, -0.4], [0.3, 2.0]]).double()
+    assert max(float(g.abs().max()) for g in draw(word, Conjugate(2), x).values()) > 0.05
+
+
+# Exact variances, from the lists of all outcomes.
+
+
+def exact_moments(estimator: Weighted, outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray]:
+    g, probability = outcomes.single_draws(estimator, frozen(outcomes, estimator))
+    average = (probability.unsqueeze(1) * g).sum(0)
+    return average.numpy(), (probability.unsqueeze(1) * (g - average) ** 2).sum(0).numpy()
+
+
+def bernoulli_variance(word: str, p: float, f0: float, f1: float) -> float:
+    D = f1 - f0
+    if word == "rloo:K=2":
+        return D**2 * p * (1 - p) * (0.5 - p * (1 - p))
+    return p * (1 - p) * ((1 - p) * f1 + p * f0) ** 2
+
+
+@pytest.mark.parametrize("logit", [0.5, -1.3])
+@pytest.mark.parametrize("word", ["reinforce", "rloo:K=2"])
+def test_variances_of_one_bernoulli(word: str, logit: float) -> None:
+    toy = BernoulliToy(p0=0.3, logit=logit).double()
+    with torch.no_grad():
+        toy.encoder.weight.fill_(logit)
+    p, f0, f1 = 1 / (1 + math.exp(-logit)), 0.09, 0.49
+    estimator = parse(word)
+    average, variance = exact_moments(estimator, Enumerated(toy, torch.ones(1, 1).double(), estimator.K))
+    assert average[0] == pytest.approx(p * (1 - p) * (f1 - f0))
+    assert variance[0] == pytest.approx(bernoulli_variance(word, p, f0, f1))
+    m = measure(Problem(toy, torch.ones(1, 1)), estimator, replicates=20_000, dtype=torch.float64)
+    found = m.metrics("inference")["variance"]
+    assert abs(found.value - variance[0]) < 5 * found.stderr
+    assert found.stderr < 0.05 * variance[0]
+
+
+@pytest.mark.parametrize("mu", [1.0, -0.7])
+def test_variances_of_a_quadratic(mu: float) -> None:
+    k = 0.5
+    d = mu - k
+    toy = FunctionToy("quadratic", k=k, mu=mu).double()
+    with torch.no_grad():
+        toy.encoder.weight.copy_(torch.tensor([[mu], [1.0]]))
+    known = {
+        "stl": (4, 4 * d**2 + 8),
+        "reinforce": (d**4 + 14 * d**2 + 15, 2 * d**4 + 60 * d**2 + 74),
+    }
+    for word, wanted in known.items():
+        average, variance = exact_moments(parse(word), Quadrature(toy, torch.ones(1, 1).double(), 1))
+        assert average == pytest.approx([2 * d, 2.0])  # of d^2 + sigma^2
+        assert variance == pytest.approx(wanted)
+    with_score = exact_moments(parse("sgvb-a"), Quadrature(toy, torch.ones(1, 1).double(), 1))
+    assert with_score[0] == pytest.approx([2 * d, 2.0])
+    assert with_score[1] != pytest.approx(known["stl"], rel=0.05)
+
+
+# Through the measurement, against closed forms.
+
+X = torch.tensor([[1.0, -2.0], [0.5, 0.3], [-1.4, 0.9]])
+
+
+def gaussian_toy() -> nn.Module:
+    return scrambled(GaussianToy(2), seed=8, scale=0.5)
+
+
+def by_hand(toy: nn.Module) -> dict[str, np.ndarray]:
+    """The ELBO is ``-1/2 |x - m|^2 - 1/2 |m - mu|^2 + const`` with ``m = A x + b``, since the guide's width is fixed."""
+    A, b = (p.detach().numpy() for p in (toy.encoder.weight, toy.encoder.bias))
+    mu, x = toy.mu.weight.detach().numpy()[:, 0], X.double().numpy()
+    m = x @ A.T + b
+    by_m = (x - m) + (mu - m)
+    return {
+        "mu.weight": (m - mu).mean(0)[:, None],
+        "encoder.weight": by_m.T @ x / len(x),
+        "encoder.bias": by_m.mean(0),
+    }
+
+
+def largest_t(m: Measurement, wanted: dict[str, np.ndarray]) -> float:
+    return max(float((np.abs(m.mean[n] - wanted[n]) / np.sqrt(m.variance[n] / m.replicates)).max()) for n in wanted)
+
+
+@pytest.mark.parametrize(
+    "word", ["sgvb-a", "sgvb-b", "stl:K=2", "reinforce:K=2", "moving-average", "rloo:K=3", "iwae:K=1", "dreg:K=1"]
+)
+def test_means_are_the_closed_form(word: str) -> None:
+    toy = gaussian_toy()
+    m = measure(Problem(toy, X), parse(word), replicates=8192)
+    noisy = {n: g for n, g in by_hand(toy).items() if m.variance[n].min() > 0}
+    assert set(noisy) == ({"encoder.weight", "encoder.bias"} if word == "sgvb-b" else set(by_hand(toy)))
+    assert largest_t(m, noisy) < 5
+    quiet = {n: g for n, g in by_hand(toy).items() if n not in noisy}
+    assert all(np.allclose(m.mean[n], g, atol=1e-6) for n, g in quiet.items())  # sgvb-b knows this one exactly
+
+
+def test_wrong_means_are_not_the_closed_form() -> None:
+    toy = gaussian_toy()
+    problem, wanted = Problem(toy, X), by_hand(toy)
+    planted = {
+        "another objective": parse("dreg:K=4"),
+        "baseline with its own sample": wrong("elbo", WRONG_COLUMNS["baseline with its own sample"][1]),
+        "sign": wrong("elbo", WRONG_COLUMNS["sign"][1]),
+    }
+    for name, estimator in planted.items():
+        assert largest_t(measure(problem, estimator, replicates=8192), wanted) > 5, name
+
+
+def test_closed_form_and_sampled_divergence_agree_and_the_first_is_quieter() -> None:
+    model = scrambled(VAE(Architecture(data=5, hidden=(4,), latent=(3,))), seed=2, scale=0.5)
+    x = (torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.5).float()
+    sampled, closed = (measure(Problem(model, x), parse(word), replicates=4096) for word in ("sgvb-a", "sgvb-b"))
+    worst = max(
+        float(
+            (
+                np.abs(sampled.mean[n] - closed.mean[n]) / np.sqrt((sampled.variance[n] + closed.variance[n]) / 4096)
+            ).max()
+        )
+        for n in sampled.mean
+    )
+    assert worst < 5
+    for group in ("generative", "inference"):
+        assert closed.metrics(group)["variance"].value <= sampled.metrics(group)["variance"].value * 1.0001
+
+
+def test_values_do_not_depend_on_the_estimator() -> None:
+    problem = Problem(gaussian_toy(), X)
+    elbos = [
+        measure(problem, parse(f"{word}:K=4"), replicates=64).values()
+        for word in ("stl", "dreg", "rloo", "vimco", "sgvb-b")
+    ]
+    assert all(v["elbo"].value == pytest.approx(elbos[0]["elbo"].value, rel=1e-5) for v in elbos)
+    assert all(v["iwelbo"].value == pytest.approx(elbos[0]["iwelbo"].value, rel=1e-5) for v in elbos)
+    assert all(v["iwelbo"].value > v["elbo"].value for v in elbos)
+    objectives = [v["objective"].value == v["iwelbo"].value for v in elbos]
+    assert objectives == [False, True, False, True, False]
+    assert all(v["evaluations"].value == 4 for v in elbos)
+    assert all(1 < v["ess"].value < 4 for v in elbos)
+
+
+# The moving average.
+
+
+def test_the_average_starts_at_its_first_observation() -> None:
+    average = Average(0.9)
+    assert average.value == 0.0
+    for observation in (2.0, 4.0, -1.0):
+        average.update(torch.tensor([observation - 1, observation + 1]))
+    assert float(average.value) == pytest.approx(0.9 * (0.9 * 2 + 0.1 * 4) - 0.1)
+
+
+def test_the_average_holds_earlier_draws_only() -> None:
+    outcomes = binary(2)
+    estimator, model, x = parse("moving-average:K=2,decay=0.5"), outcomes.model, outcomes.x
+    state = initial_state(estimator, model, x, 0)
+    parameters = trainable(model, state)
+    optimizer = torch.optim.SGD([p for members in parameters.values() for p in members.values()], 0.0)
+    expected = 0.0
+    for step in range(4):
+        z = Rng(1, step).sample(model.guide(x), 2)
+        log_q = model.guide(x).log_prob(z)
+        signal = (model.log_joint(x, z) - log_q).detach()
+        wanted = flat(((signal - expected) * log_q).mean(0).mean(), outcomes)
+        found = learning_step(estimator, model, x, Rng(1, step), state, parameters, optimizer).gradients
+        assert torch.allclose(
+            torch.cat([found[n].flatten() for n in found if n.startswith("encoder")]), wanted, atol=1e-12
+        )
+        expected = 0.5 * expected + 0.5 * float(signal.mean()) if step else float(signal.mean())
+        assert float(state.tracked["signal"].value) == pytest.approx(expected)
+
+
+def test_measuring_leaves_the_average_still() -> None:
+    """Replicates of a frozen average are exchangeable: the loop's moments are those of the rows, in any order."""
+    toy = BernoulliToy().double()
+    found = [
+        measure(
+            Problem(toy, torch.ones(1, 1)), parse("moving-average"), replicates=64, engine=engine, dtype=torch.float64
+        )
+        for engine in ("rows", "loop")
+    ]
+    assert found[0].variance["encoder.weight"] == pytest.approx(found[1].variance["encoder.weight"], rel=1e-12)
+    reinforce = measure(Problem(toy, torch.ones(1, 1)), parse("reinforce"), replicates=64, dtype=torch.float64)
+    assert found[0].metrics("inference")["variance"].value < 0.1 * reinforce.metrics("inference")["variance"].value
+
+
+# Words.
+
+
+def test_words_are_read_as_they_are_printed() -> None:
+    for word in (
+        "dreg:K=64",
+        "sgvb-a",
+        "rloo:K=2",
+        "nvi:K=4,levels=4,resample=systematic,path=learned",
+        "moving-average:decay=0.5",
+    ):
+        assert str(parse(word)) == word
+    assert {type(parse(w)) for w in ("iwae", "dreg", "vimco")} == {IWAE, DReG, VIMCO}
+    assert {type(parse(w)) for w in ("sgvb-a", "stl", "rloo", "reinforce")} == {SGVBA, STL, RLOO, Reinforce}
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("drag", "unknown estimator 'drag'; did you mean 'dreg'?"),
+        ("dreg:k=3", "dreg has no option 'k'"),
+        ("dreg:K=three", "K of dreg should be a whole number, not 'three'"),
+        ("dreg:K", "should read key=value"),
+        ("dreg:K=0", "dreg needs K >= 1, not K=0"),
+        ("dreg:K=2,K=3", "given twice"),
+        ("nvi:levels=1", "nvi needs levels >= 2"),
+        ("nvi:path=lerned", "path of nvi should be one of linear, learned, not 'lerned'"),
+        ("moving-average:decay=1", "moving-average needs 0 <= decay < 1"),
+    ],
+)
+def test_wrong_words_are_answered_in_a_sentence(word: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence.replace("?", r"\?")):
+        parse(word)
