@@ -21,11 +21,22 @@ PLUGIN = click.option(
 class Commands(click.Group):
     """Turns requests that cannot be carried out into one sentence and exit status 2."""
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            raise _Refusal(f"unknown command {args[0]!r}{_nearest(args[0], self.commands)}")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except RequestError as error:
             raise _Refusal(str(error)) from None
+        except click.NoSuchOption as error:
+            name = (error.ctx.command.name if error.ctx else None) or "gradiometer"
+            known = [word for p in error.ctx.command.params for word in p.opts] if error.ctx else []
+            raise _Refusal(f"{name} has no option {error.option_name}{_nearest(error.option_name, known)}") from None
+        except click.UsageError as error:
+            raise _Refusal(error.format_message().replace("Error: ", "").rstrip(".")) from None
         except BrokenPipeError:
             sys.stderr.close()
             raise SystemExit(0) from None
@@ -145,14 +156,14 @@ def compare(folders: tuple[Path, ...], metric: str, baseline: str) -> None:
     """Ratios to a baseline with 95 % intervals; paired, wherever both estimators saw the same noise."""
     import pandas as pd
 
-    from gradiometer.bench import store, terminal
-    from gradiometer.bench.compare import ratios
+    from gradiometer.bench import store
+    from gradiometer.bench.compare import ratios, table
     from gradiometer.bench.metrics import METRICS
 
     if metric not in METRICS:
         raise RequestError(f"unknown metric {metric!r}{_nearest(metric, METRICS)}")
     rows = pd.concat([store.load(folder) for folder in folders], ignore_index=True)
-    _console().print(terminal.ratio_table(ratios(rows, metric, baseline), metric, baseline))
+    _console().print(table(ratios(rows, metric, baseline), metric, baseline))
 
 
 @main.command()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradiometer.bench.errors import RequestError
+from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.statistics import Value, ratio
 
 if TYPE_CHECKING:
@@ -72,3 +73,25 @@ def _independent(row: Any, base: Any) -> Value:
     relative = math.hypot(row["stderr"] / row["value"], base["stderr"] / base["value"])
     factor = math.exp(1.96 * relative)
     return Value(value, value * relative, value / factor, value * factor)
+
+
+def table(found: list[Ratio], metric: str, baseline: str) -> Any:
+    """The ratios as a table for a terminal, a section per problem and group."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD, title=f"{METRICS[metric].label}, relative to {baseline}")
+    for column in ("estimator", "K", "evaluations", "ratio", "95 % interval", "noise"):
+        made.add_column(column, justify="left" if column in ("estimator", "noise") else "right", no_wrap=True)
+    section = ("", "")
+    for row in sorted(found, key=lambda r: [f.problem for f in found].index(r.problem)):
+        if (row.problem, row.group) != section:
+            section = (row.problem, row.group)
+            made.add_section()
+            made.add_row(Text(f"{row.problem} {row.group}".strip(), style="bold italic"))
+        value = row.value
+        interval = f"[{value.low:.3g}, {value.high:.3g}]"
+        paired = "paired" if row.paired else "independent"
+        made.add_row(row.estimator, str(row.K), f"{row.evaluations:g}", f"{value.value:.3g}", Text(interval), paired)
+    return made

@@ -63,13 +63,9 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     for _, cells in found.groupby("problem", sort=False):
         found.loc[cells.index, "label"] = _labels(cells)
     key = ["kind", "problem", "label", "seed", "group", "metric", "step", "status", "reason"]
-    # where two suites measured the same, the one with more replicates counts
-    return (
-        found.sort_values("replicates", ascending=False, kind="stable")
-        .drop_duplicates(key)
-        .sort_index()
-        .reset_index(drop=True)
-    )
+    # where two suites measured the same, the one with more replicates counts; no later choice hangs on the rows' order
+    found = found.sort_values("replicates", ascending=False, kind="stable").drop_duplicates(key)
+    return found.sort_values(["family", "name", "series", "K", *key], kind="stable").reset_index(drop=True)
 
 
 def gradients(tidied: pd.DataFrame) -> pd.DataFrame:

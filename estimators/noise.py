@@ -108,11 +108,7 @@ class Rng:
             wanted, inner, axis = range(self.replicates, self.replicates + 1), shape, 0
         else:
             wanted, axis = self.replicates, axes - 2
-            if axis < 0 or shape[axis] != len(wanted):
-                raise ValueError(
-                    f"a draw of shape {tuple(shape)} has no replicate axis of {len(wanted)}: "
-                    "expand the distribution to the guide's batch shape (R, B)"
-                )
+            self._must_have_replicates(shape, axis)
             inner = shape[:axis] + shape[axis + 1 :]
         first, last = wanted.start // self.block, (wanted.stop - 1) // self.block
         rows = self._blocks(range(first, last + 1), inner, fill)
@@ -120,16 +116,25 @@ class Rng:
         rows = rows[wanted.start - first * self.block :][: len(wanted)].to(self.device)
         return rows[0] if isinstance(self.replicates, int) else rows.movedim(0, axis)
 
+    def _must_have_replicates(self, shape: Size, axis: int) -> None:
+        assert isinstance(self.replicates, range)
+        if axis < 0 or shape[axis] != len(self.replicates):
+            raise ValueError(
+                f"a draw of shape {tuple(shape)} has no replicate axis of {len(self.replicates)}: "
+                "expand the distribution to the guide's batch shape (R, B)"
+            )
+
     def _blocks(self, blocks: range, inner: Size, fill: Callable[[Tensor, torch.Generator], object]) -> Tensor:
+        slot = 2 * self._ordinal + (fill is _fill_uniform)  # uniforms are never taken for normals
         if self._held is not None and len(blocks) == 1:
-            known, rows = self._held.get(self._ordinal, (-1, None))
+            known, rows = self._held.get(slot, (-1, None))
             if known == blocks.start and rows is not None and rows.shape[1:] == inner:
                 return rows
         rows = torch.empty(len(blocks) * self.block, *inner)
         for i, block in enumerate(blocks):
             fill(rows[i * self.block :][: self.block], self._generator(block))
         if self._held is not None and len(blocks) == 1:
-            self._held[self._ordinal] = (blocks.start, rows)
+            self._held[slot] = (blocks.start, rows)
         return rows
 
     def _generator(self, block: int) -> torch.Generator:
@@ -144,6 +149,8 @@ class Rng:
         draws = []
         single = isinstance(self.replicates, int)
         indices = [self.replicates] if isinstance(self.replicates, int) else list(self.replicates)
+        if not single:
+            self._must_have_replicates(q.batch_shape + q.event_shape, len(q.batch_shape) - 2)
         with torch.random.fork_rng(devices=[]):
             for row, replicate in enumerate(indices):
                 torch.manual_seed(self._key(-1 - replicate))
@@ -167,16 +174,26 @@ def _fill_uniform(rows: Tensor, generator: torch.Generator) -> None:
 def _dtype(q: Distribution) -> torch.dtype:
     while isinstance(q, Independent):
         q = q.base_dist
-    mean = getattr(q, "mean", None)
-    return mean.dtype if isinstance(mean, Tensor) else torch.get_default_dtype()
+    if isinstance(named := getattr(q, "dtype", None), torch.dtype):  # an ancestral distribution may have no mean
+        return named
+    return cast(Tensor, q.mean).dtype
 
 
 def _row(q: Distribution, axis: int, row: int) -> Distribution:
     """Row `row` of a distribution's batch axis `axis`, for any family that is rebuilt from its constrained arguments."""
     if isinstance(q, Independent):
         return Independent(_row(q.base_dist, axis, row), q.reinterpreted_batch_ndims)
-    given = {name: value for name in q.arg_constraints if isinstance(value := q.__dict__.get(name), Tensor)}
-    return cast(Distribution, type(q)(**{name: v.select(axis, row) for name, v in given.items()}, validate_args=False))
+    given = {name: getattr(q, name) for name in q.arg_constraints}
+    for named, again in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
+        if named in given:  # the same parameter by other names, of which a family takes one
+            given = {name: value for name, value in given.items() if name not in again}
+    rows = {name: v.select(axis, row) for name, v in given.items() if isinstance(v, Tensor)}
+    try:
+        return cast(Distribution, type(q)(**rows, validate_args=False))
+    except TypeError as error:
+        raise NotImplementedError(
+            f"replicates of {type(q).__name__} cannot be drawn one by one: give it a method draw(rng, particles, differentiable=...)"
+        ) from error
 
 
 __all__ = ["BLOCK", "Ancestral", "Rng"]

@@ -79,6 +79,11 @@ class Chain(Distribution):
     def has_rsample(self) -> bool:  # type: ignore[override]
         return self.first.has_rsample
 
+    @property
+    def dtype(self) -> torch.dtype:
+        mean: Tensor = self.first.mean
+        return mean.dtype
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> Chain:
         return Chain(self.first.expand(batch_shape), self.links, self.units)
 

@@ -1,0 +1,519 @@
+"""Reports: what tables, figures and findings say about rows whose truth is known; pages are safe and repeatable."""
+
+import hashlib
+import itertools
+import math
+import re
+import subprocess
+import sys
+from decimal import Decimal
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from gradiometer.bench import figures, plots, report, selection, tables, terminal, typeset
+from gradiometer.bench.errors import RequestError
+from gradiometer.bench.findings import findings
+from gradiometer.bench.uncertain import format_interval, format_uncertain, printed, shared_exponent
+from tests import synthetic
+
+FEW = (
+    "iwae:K=8",
+    "dreg:K=8",
+    "pathwise",
+    "nvi:levels=4,K=8",
+    "disarm",
+    "iwae:K=16",
+    "dreg:K=16",
+    "iwae:K=32",
+    "dreg:K=32",
+)
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return synthetic.rows()
+
+
+@pytest.fixture(scope="module")
+def few(rows: pd.DataFrame) -> pd.DataFrame:
+    """Some estimators at two snapshots and on the toy, for what draws."""
+    return rows[rows["estimator"].isin(FEW) & (rows["snapshot"] != "early")]
+
+
+@pytest.fixture(scope="module")
+def written(few: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    report.write(few, out, {"html", "md", "tex", "csv", "svg"}, synthetic.MACHINE)
+    return out
+
+
+def bare(estimator: str, value: float, low: float, high: float, **columns: object) -> dict[str, object]:
+    """A variance row as a bare measurement leaves it."""
+    about = {"problem": "toy", "estimator": estimator, "family": "f", "K": 8, "evaluations": 8.0, "group": "inference"}
+    numbers = {"value": value, "stderr": (high - low) / 4, "low": low, "high": high, "unit": "1"}
+    return about | {"metric": "variance", "replicates": 64} | numbers | columns
+
+
+def table(rows: pd.DataFrame, problem: str, words: str) -> tables.Table:
+    found = [t for t in tables.tables(rows) if t.problem == problem and words in t.title]
+    assert len(found) == 1, [t.title for t in tables.tables(rows)]
+    return found[0]
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "text"),
+    [
+        (0.12341, 0.00123, "0.1234 ± 0.0012"),
+        (1.2345e-4, 5.04e-6, "(1.234 ± 0.050)e-4"),
+        (9.999, 0.0996, "10.00 ± 0.10"),
+        (-1234.0, 150.0, "(-1.23 ± 0.15)e3"),
+        (0.003, 0.12, "0.00 ± 0.12"),
+        (-0.00001, 0.12, "0.00 ± 0.12"),
+        (64.0, 0.0, "64"),
+        (100.0, 0.0, "100"),
+        (0.1, 0.0, "0.1"),
+        (2 / 3, math.nan, "0.6667"),
+        (math.nan, 1.0, "nan"),
+        (-math.inf, math.nan, "-inf"),
+        (5.0, math.inf, "5.000 ± inf"),
+        (5e-324, 5e-324, "(5.0 ± 5.0)e-324"),
+        (1e22, 1e20, "(1.000 ± 0.010)e22"),
+    ],
+)
+def test_numbers_are_printed_to_the_second_digit_of_their_error(value: float, stderr: float, text: str) -> None:
+    assert format_uncertain(value, stderr) == text
+
+
+def parsed(text: str) -> tuple[Decimal, Decimal]:
+    """A value and its error back from `(1.23 ± 0.05)e-4`."""
+    found = re.fullmatch(r"\(?(-?[\d.]+) ± ([\d.]+)(?:\)e(-?\d+))?", text)
+    assert found, text
+    power = Decimal(1).scaleb(int(found[3] or 0))
+    return Decimal(found[1]) * power, Decimal(found[2]) * power
+
+
+@given(
+    st.floats(-1e200, 1e200).filter(lambda v: v == 0 or abs(v) > 1e-200),
+    st.floats(1e-13, 1e13),
+)
+def test_a_printed_value_lies_within_its_error_and_reads_back(value: float, relative: float) -> None:
+    stderr = (abs(value) or 1.0) * relative
+    shown_value, shown_error = parsed(format_uncertain(value, stderr))
+    assert len(shown_error.normalize().as_tuple().digits) <= 2
+    assert abs(shown_error - Decimal(stderr)) <= Decimal(stderr) * Decimal("0.0501")
+    assert abs(shown_value - Decimal(value)) <= shown_error * Decimal("0.0501")  # half a unit of the second digit
+    assert parsed(format_uncertain(float(shown_value), float(shown_error))) == (shown_value, shown_error)
+
+
+@given(st.lists(st.tuples(st.floats(1e-9, 1e9), st.floats(1e-3, 0.5)), min_size=1, max_size=8))
+def test_a_column_shares_one_power_of_ten_or_none(pairs: list[tuple[float, float]]) -> None:
+    numbers = [(value, value * relative) for value, relative in pairs]
+    shared = shared_exponent(numbers)
+    widest = max(v for v, _ in numbers) / min(v for v, _ in numbers)
+    assert shared is not None or widest > 100
+    if shared is not None:
+        assert shared % 3 == 0
+        for value, stderr in numbers:
+            shown = printed(value, stderr, shared)
+            assert abs(Decimal(shown.value).scaleb(shared) - Decimal(value)) <= Decimal(stderr) * Decimal("0.06")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((12.3456, 11.8, 12.9), "12.3 (11.8 to 12.9)"),
+        ((16398.0, 16270.0, 16520.0), "16400 (16270 to 16520)"),
+        ((2.0, 2.0, 2.0), "2"),
+    ],
+)
+def test_intervals_keep_the_digits_that_mean_something(numbers: tuple[float, float, float], text: str) -> None:
+    assert format_interval(*numbers) == text
+
+
+# Tables
+
+
+def winners(*rows: dict[str, object]) -> list[str]:
+    made = table(pd.DataFrame(rows), "toy", "inference")
+    return [line.label for line in made.lines if line.cells[0] and line.cells[0].bold]
+
+
+def test_a_winner_is_bold_only_where_its_interval_is_apart() -> None:
+    assert winners(bare("a", 1.0, 0.9, 1.1), bare("b", 2.0, 1.8, 2.2)) == ["a"]
+    assert winners(bare("a", 1.0, 0.9, 1.9), bare("b", 2.0, 1.8, 2.2)) == []
+    assert winners(bare("a", 1.0, 0.9, 1.1), bare("b", 1.0, 0.9, 1.1), bare("c", 9.0, 8.0, 10.0)) == []
+    assert winners(bare("a", 1.0, 0.9, 1.1)) == []
+
+
+def test_the_better_side_is_the_metrics_own() -> None:
+    assert winners(*(bare(*cell, metric="snr") for cell in (("a", 1.0, 0.9, 1.1), ("b", 2.0, 1.8, 2.2)))) == ["b"]
+
+
+def test_an_snr_at_its_floor_is_marked_and_never_bold() -> None:
+    shown = [bare("a", 0.026, 0.024, 0.028, metric="snr"), bare("b", 0.01, 0.009, 0.011, metric="snr")]
+    floors = [bare(word, 0.025, 0.025, 0.025, metric="snr_floor") for word in "ab"]
+    made = table(pd.DataFrame([*shown, *floors]), "toy", "inference")
+    assert made.columns[0].heading == "SNR, floor 0.025"
+    assert [(line.cells[0].at_floor, line.cells[0].bold) for line in made.lines if line.cells[0]] == [(True, False)] * 2
+    assert any(note.startswith("‡") for note in made.notes)
+
+
+def test_unchecked_estimators_are_marked_unless_all_are() -> None:
+    some = table(pd.DataFrame([bare("a", 1, 1, 1, checked=True), bare("b", 1, 1, 1)]), "toy", "inference")
+    assert some.marks_unchecked
+    assert re.search(r"\| `b` † +\|", typeset.markdown(some))
+    assert re.search(r"\| `a` +\|", typeset.markdown(some))
+    none = table(pd.DataFrame([bare("a", 1, 1, 1), bare("b", 1, 1, 1)]), "toy", "inference")
+    assert "†" not in typeset.markdown(none)
+    assert "No estimator here has passed" in typeset.markdown(none)
+
+
+def test_cells_that_differ_in_a_setting_are_told_apart() -> None:
+    made = table(pd.DataFrame([bare("a", 1, 1, 1, B=20), bare("a", 2, 2, 2, B=100)]), "toy", "inference")
+    assert [line.label for line in made.lines] == ["a [B 100]", "a [B 20]"]
+    seeds = table(pd.DataFrame([bare("a", 1, 1, 1, seed=0), bare("a", 2, 2, 2, seed=1)]), "toy", "inference")
+    assert [line.label for line in seeds.lines] == ["a [seed 0]", "a [seed 1]"]
+
+
+def test_where_two_suites_measured_the_same_more_replicates_count() -> None:
+    made = table(pd.DataFrame([bare("a", 1, 1, 1), bare("a", 2, 2, 2, replicates=4096)]), "toy", "inference")
+    assert [line.cells[0].value for line in made.lines if line.cells[0]] == [2]
+
+
+def test_tables_hold_k_evaluations_cost_and_units(rows: pd.DataFrame) -> None:
+    made = table(rows, "digits-vae@late", "inference")
+    assert [column.metric for column in made.columns] == list(tables.GRADIENT)
+    line = next(line for line in made.lines if line.label == "dreg:K=64")
+    assert (line.K, line.evaluations) == (64, 64.0)
+    head = typeset.markdown(made).splitlines()[2]
+    assert "variance [(nats/parameter)²]" in head
+    assert "K | evaluations" in head
+    cost = table(rows, "digits-vae@late", "objective and cost")
+    assert "time per gradient [ms]" in typeset.markdown(cost)
+    assert not any(cell.bold for line in cost.lines for cell in line.cells[:3] if cell), "objectives are not ranked"
+
+
+def test_what_was_not_measured_is_beneath_with_its_reason(rows: pd.DataFrame) -> None:
+    first = next(t for t in tables.tables(rows) if t.problem == "digits-vae@late")
+    text = typeset.markdown(first)
+    assert "* `disarm` skipped: disarm needs a Bernoulli guide" in text
+    assert "* `vr:alpha=0.5,K=8` failed: the gradient of 'encoder.0.weight' is not finite" in text
+    assert "failed" in typeset.latex(first)
+    assert set(pd.read_csv(StringIO(typeset.csv(first)))["status"]) == {"ok", "skipped", "failed"}
+
+
+def test_csv_keeps_the_numbers_of_the_rows(rows: pd.DataFrame) -> None:
+    read = pd.read_csv(StringIO(typeset.csv(table(rows, "digits-vae@late", "generative")))).set_index("estimator")
+    of = rows[(rows["problem"] == "digits-vae@late") & (rows["group"] == "generative") & (rows["metric"] == "variance")]
+    for row in of.itertuples():
+        for column, value in (("variance [(nats/parameter)^2]", row.value), ("variance low", row.low)):
+            assert read.loc[row.estimator, column] == value
+
+
+def test_latex_is_booktabs_with_bold_winners_and_escaped_words(rows: pd.DataFrame) -> None:
+    text = typeset.latex(table(rows, "digits-vae@late", "inference"))
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"\label{tab:digits-vae-late-gradient"):
+        assert rule in text
+    assert re.search(r"dreg:K=64 & 64 & 64 & \$\(\\mathbf\{\S+ \\pm \S+\}\) \\times 10\^\{-3\}\$", text)
+    hostile = typeset.latex(table(pd.DataFrame([bare("a_b%&#{x}$^~\\", 1, 1, 1)]), "toy", "inference"))
+    assert r"a\_b\%\&\#\{x\}\$\textasciicircum{}\textasciitilde{}\textbackslash{} &" in hostile
+
+
+def test_training_tables_average_the_last_step_over_seeds(rows: pd.DataFrame) -> None:
+    made = table(rows, "digits-vae", "after training")
+    of = rows[(rows["metric"] == "test_iwelbo") & (rows["estimator"] == "rloo:K=8") & (rows["step"] == 3000)]["value"]
+    cell = next(line for line in made.lines if line.label == "rloo:K=8").cells[1]
+    assert len(of) == 3
+    assert cell
+    assert cell.value == pytest.approx(of.mean())
+    assert cell.stderr == pytest.approx(of.std() / math.sqrt(3))
+    assert cell.high - cell.value == pytest.approx(
+        4.302653 * cell.stderr, rel=1e-6
+    )  # Student's t, two degrees of freedom
+
+
+# A terminal
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 150])
+def test_a_comparison_fits_its_terminal(rows: pd.DataFrame, width: int) -> None:
+    console = Console(width=width, file=StringIO(), legacy_windows=False)
+    console.print(terminal.comparison(rows[rows["problem"] == "digits-vae@late"], width=width))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(line.strip().startswith("dreg:K=64 ") for line in lines) in (1, 2), (
+        "one line per group at most, none folded"
+    )
+    assert "…" not in text
+    assert "disarm skipped" in text
+    assert ("Left out" in text) == (width < 150)
+
+
+def test_a_comparison_aligns_its_decimal_points() -> None:
+    made = terminal.comparison(pd.DataFrame([bare("a", 123.4, 120.0, 126.0), bare("b", 1.234, 1.2, 1.26)]))
+    console = Console(width=120, file=StringIO())
+    console.print(made)
+    lines = [line for line in console.file.getvalue().splitlines() if "±" in line and "standard" not in line]  # type: ignore[attr-defined]
+    assert len(lines) == 2
+    assert len({line.index(".") for line in lines}) == 1
+
+
+# Figures
+
+
+def test_figure_data_hold_every_estimator_group_and_snapshot(rows: pd.DataFrame) -> None:
+    found = figures.by_snapshot(rows, "snr")
+    vae = found[found["model"] == "digits-vae"]
+    assert len(vae) == len(synthetic.DIGITS) * 2 * 3
+    assert np.allclose(found["floor"], synthetic.FLOOR)
+    assert (found["low"] <= found["value"]).all()
+    assert (found["value"] <= found["high"]).all()
+    assert figures.by_snapshot(rows, "variance")["floor"].isna().all()
+
+
+def test_only_series_with_three_k_are_drawn_against_k(rows: pd.DataFrame) -> None:
+    found = figures.against_particles(rows)
+    assert set(found["problem"]) == {"gaussian-toy"}
+    assert set(found["series"]) == {"iwae", "dreg"}
+    for _, line in found.groupby(["group", "series"]):
+        assert line["K"].tolist() == list(synthetic.TOY_K)
+
+
+def test_series_keep_their_other_parameters() -> None:
+    words = ("vr:alpha=0.5,K=8", "vr:K=8,alpha=0.5", "dreg:K=8", "stl")
+    found = selection.tidy(pd.DataFrame([bare(word, 1, 1, 1) for word in words]))
+    series = {"vr:alpha=0.5,K=8": "vr:alpha=0.5", "vr:K=8,alpha=0.5": "vr:alpha=0.5", "dreg:K=8": "dreg", "stl": "stl"}
+    assert dict(found[["estimator", "series"]].to_numpy()) == series
+
+
+def test_learning_curves_average_seeds_and_span_them(rows: pd.DataFrame) -> None:
+    found = figures.learning_curves(rows, "test_elbo")
+    at = found[(found["label"] == "pathwise") & (found["step"] == 1500)].iloc[0]
+    of = rows[(rows["metric"] == "test_elbo") & (rows["estimator"] == "pathwise") & (rows["step"] == 1500)]
+    assert at["value"] == pytest.approx(of["value"].mean())
+    assert (at["low"], at["high"], at["seeds"]) == (of["value"].min(), of["value"].max(), 3)
+    assert at["seconds"] == pytest.approx(of["seconds"].mean())
+
+
+def test_the_pareto_front_is_what_nothing_dominates(rows: pd.DataFrame) -> None:
+    found = figures.cost_plane(rows)
+    assert len(found) == len(synthetic.DIGITS) * 2 * 3
+    for _, points in found.groupby(["problem", "group"]):
+        for a in points.itertuples():
+            dominated = any(
+                b.seconds <= a.seconds and b.value <= a.value and (b.seconds < a.seconds or b.value < a.value)
+                for b in points.itertuples()
+            )
+            assert a.front != dominated
+
+
+def test_looks_are_distinct_and_the_same_whatever_else_is_shown(rows: pd.DataFrame) -> None:
+    from gradiometer.bench.palette import looks
+
+    all_of = looks(selection.tidy(rows))
+    assert len({(look.colour, look.marker) for look in all_of.values()}) == len(all_of)
+    shuffled = looks(selection.tidy(rows.sample(frac=1, random_state=5)))
+    assert shuffled == all_of
+
+
+def test_labels_of_crowded_points_do_not_cover_each_other() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    from gradiometer.bench.placement import place_labels
+
+    figure = Figure(figsize=(5, 4))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    points = [(0.5 + 0.01 * i, 0.5 + 0.005 * (-1) ** i) for i in range(8)]
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    place_labels(axes, points, [f"estimator:K={i}" for i in range(8)])
+    renderer = figure.canvas.get_renderer()
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text, renderer) for text in axes.texts]  # without the lines to the points
+    assert len(boxes) == 8
+    for a, b in itertools.combinations(boxes, 2):
+        assert not (a.x0 < b.x1 - 1 and b.x0 < a.x1 - 1 and a.y0 < b.y1 - 1 and b.y0 < a.y1 - 1)
+
+
+def test_plots_say_what_they_measure_and_come_in_every_format(few: pd.DataFrame) -> None:
+    made = {plot.name: plot for plot in plots.plots(few)}
+    assert {"variance-digits-vae", "snr-digits-vae", "snr-against-K-gaussian-toy", "cost-digits-vae@late"} <= set(made)
+    assert {"training-elbo-digits-vae", "training-iwelbo-digits-vae"} <= set(made)
+    assert all(len(plot.title) > 20 and len(plot.caption) > 60 for plot in made.values())
+    plot = made["snr-digits-vae"]
+    png, pdf, svg = (plots.rendered(plot, form) for form in ("png", "pdf", "svg"))
+    width = int.from_bytes(png[16:20])
+    assert png.startswith(b"\x89PNG")
+    assert width > 1000, "200 dots per inch"
+    assert pdf.startswith(b"%PDF")
+    assert b"</svg>" in svg
+    assert b"<dc:date>" not in svg
+    words = [text.get_text() for text in plot.figure.axes[0].get_yticklabels()]
+    assert sorted(words) == ["dreg:K=8", "iwae:K=8", "nvi:levels=4,K=8", "pathwise"]
+
+
+# Findings
+
+
+def shards(value: float, *relative: float) -> list[float]:
+    return [value * (1 + r) for r in relative]
+
+
+def test_a_paired_ratio_is_found_where_single_intervals_overlap() -> None:
+    """Both estimators' noise is common: their intervals overlap, their ratio's does not hold one."""
+    common = np.array([0.10, -0.10, 0.08, -0.07, 0.02, -0.03])
+    own = 0.001 * np.arange(6)
+    quiet = bare("quiet", 1.0, 0.7, 1.4, jackknife=list(1 + common))
+    loud = bare("loud", 1.2, 0.8, 1.7, jackknife=list(1.2 * (1 + common + own)))
+    said = findings(pd.DataFrame([quiet, loud]))["Variance at equal K"]
+    assert len(said) == 1
+    found = re.fullmatch(
+        r"toy, inference parameters, K = 8: `quiet` has the lowest variance\. "
+        r"That of `loud` is ([\d.]+) \(([\d.]+) to ([\d.]+)\) times as large\.",
+        said[0],
+    )
+    assert found, said
+    logs = np.log(1.2 * (1 + common + own) / (1 + common))
+    half = 2.570582 * math.sqrt(5 / 6 * ((logs - logs.mean()) ** 2).sum())  # Student's t, five degrees of freedom
+    assert [float(v) for v in found.groups()] == pytest.approx(
+        [1.2, 1.2 * math.exp(-half), 1.2 * math.exp(half)], abs=6e-4
+    )
+
+
+def test_a_ratio_that_may_be_one_is_not_called_a_win() -> None:
+    a = bare("a", 1.0, 0.7, 1.4, jackknife=shards(1.0, 0.1, -0.1, 0.05, -0.05))
+    b = bare("b", 1.02, 0.7, 1.4, jackknife=shards(1.02, -0.1, 0.1, -0.05, 0.05))
+    assert "cannot be told apart" in findings(pd.DataFrame([a, b]))["Variance at equal K"][0]
+
+
+def test_rows_without_shards_or_of_other_noise_are_not_paired() -> None:
+    pair = shards(1.0, 0.01, -0.01, 0.0)
+    a, b = bare("a", 1.0, 0.9, 1.1, jackknife=pair), bare("b", 2.0, 1.9, 2.1)
+    assert findings(pd.DataFrame([a, b])) == {}
+    assert findings(pd.DataFrame([a, b | {"jackknife": pair, "replicates": 128}])) == {}
+
+
+def test_flips_and_slopes_are_found(rows: pd.DataFrame) -> None:
+    said = findings(rows)
+    flips = " ".join(said["Rankings that flip along training"])
+    assert re.search(
+        r"inference parameters: at @init the variance of `dreg:K=64` is 3\.1\d+ .* times that of `iwae:K=64`", flips
+    )
+    slopes = " ".join(said["SNR against K"])
+    exponents = [float(found) for found in re.findall(r"`dreg`.*?K\^\(([\d.]+) ± .*?K\^\(([\d.]+) ±", slopes)[0]]
+    assert exponents == pytest.approx([0.5, 0.5], abs=0.02)
+    assert "not separated from `iwae:K=8`" in " ".join(said["The model after training"])
+
+
+def test_no_flip_is_said_where_rankings_hold(rows: pd.DataFrame) -> None:
+    steady = rows[rows["estimator"].isin(["reinforce:K=8", "rloo:K=8"])]
+    assert "Rankings that flip along training" not in findings(steady)
+
+
+# Pages
+
+
+def test_the_page_is_self_contained_and_complete(written: Path, few: pd.DataFrame) -> None:
+    page = (written / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page)
+    assert not re.search(r"https?://", page)
+    assert page.count("data:image/svg+xml;base64,") == len(plots.plots(few))
+    assert page.count("<table") == sum(bool(t.lines) for t in tables.tables(few)) + 1
+    for words in (
+        "Main findings",
+        "jackknife",
+        "2026-11-20",
+        "torch 2.13.0",
+        "iwae:K=8",
+        "synthetic",
+        "is the Monte-Carlo variance",
+    ):
+        assert words in page
+    assert "Trace of the covariance of one gradient" in page, "definitions come from METRICS"
+
+
+def test_hostile_words_are_escaped_everywhere(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>"
+    hostile = [bare(evil, 1, 1, 1, suite=evil, problem=f"{evil}@late"), bare("b", 3, 2, 4, problem=f"{evil}@late")]
+    hostile.append(bare("c", 1, 1, 1, metric="", status="failed", reason=f"{evil} | <b>", problem=f"{evil}@late"))
+    report.write(pd.DataFrame(hostile), tmp_path, {"html", "md", "csv"}, {evil: evil, "versions": {evil: evil}})
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;") >= 8
+    assert page.count("<script>") == 1, "our own"
+    assert all(path.parent in (tmp_path, tmp_path / "tables") for path in tmp_path.rglob("*.*")), (
+        "names stay in the folder"
+    )
+
+
+def test_files_are_where_they_should_be(written: Path) -> None:
+    assert (written / "tables" / "digits-vae-late-gradient-of-the-inference-parameters.tex").stat().st_size > 1000
+    assert (written / "tables" / "digits-vae-late-gradient-of-the-inference-parameters.csv").stat().st_size > 1000
+    text = (written / "report.md").read_text()
+    images = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert images
+    assert all((written / image).stat().st_size > 5000 for image in images)
+
+
+def digests(out: Path) -> dict[str, str]:
+    found = sorted(path for path in out.rglob("*") if path.is_file())
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def test_the_same_rows_in_any_order_and_process_give_the_same_bytes(
+    few: pd.DataFrame, written: Path, tmp_path: Path
+) -> None:
+    """Another order of the rows, another process, another hash seed."""
+    few.sample(frac=1, random_state=7).to_pickle(tmp_path / "rows.pickle")
+    script = (
+        "import sys, pandas; from pathlib import Path; from gradiometer.bench import report\n"
+        "from tests.synthetic import MACHINE\n"
+        "rows, out = pandas.read_pickle(sys.argv[1]), Path(sys.argv[2])\n"
+        "report.write(rows, out, {'html', 'md', 'tex', 'csv', 'svg'}, MACHINE)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "rows.pickle"), str(tmp_path / "again")]
+    root = str(Path(__file__).parents[1])
+    subprocess.run(command, check=True, env={"PYTHONHASHSEED": "12345", "PATH": "", "MPLBACKEND": "Agg"}, cwd=root)
+    assert digests(tmp_path / "again") == digests(written)
+
+
+def test_wrong_requests_are_answered_in_a_sentence(few: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"unknown report format 'htlm': did you mean 'html'\?"):
+        report.write(few, tmp_path, {"htlm"}, {})
+    with pytest.raises(RequestError, match="there are html, md, tex, csv, png, svg, pdf"):
+        report.write(few, tmp_path, {"docx!"}, {})
+    with pytest.raises(RequestError, match="no rows to report"):
+        report.write(few.iloc[:0], tmp_path, {"html"}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_any_result_still_reports_why(rows: pd.DataFrame, tmp_path: Path) -> None:
+    report.write(rows[rows["status"] != "ok"], tmp_path, {"html", "md", "tex", "csv"}, {})
+    for name in (
+        "report.html",
+        "report.md",
+        "tables/digits-vae-late-unmeasured.tex",
+        "tables/digits-vae-late-unmeasured.csv",
+    ):
+        assert "disarm needs a Bernoulli guide" in (tmp_path / name).read_text()
+
+
+def test_importing_the_report_draws_nothing_yet() -> None:
+    script = (
+        "import sys, gradiometer.bench.report; print({'torch', 'seaborn', 'matplotlib', 'scipy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
