@@ -11,10 +11,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
+    from gradiometer.bench.costs import cost as cost
     from gradiometer.bench.errors import RequestError as RequestError
+    from gradiometer.bench.measurement import Measurement as Measurement
+    from gradiometer.bench.measurement import measure as measure
+    from gradiometer.bench.models.protocol import LatentVariableModel as LatentVariableModel
+    from gradiometer.bench.named import named_problem as named_problem
+    from gradiometer.bench.problems import Problem as Problem
 
 _HOMES = {  # public name -> the module it lives in
+    "LatentVariableModel": "models.protocol",
+    "Measurement": "measurement",
+    "Problem": "problems",
     "RequestError": "errors",
+    "cost": "costs",
+    "measure": "measurement",
+    "named_problem": "named",
 }
 
 __all__ = sorted(_HOMES)

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradiometer.bench.cost import cost
+from gradiometer.bench.costs import cost
 from gradiometer.bench.machine import processor
-from gradiometer.bench.measure import Engine, measure, row_of
+from gradiometer.bench.measurement import Engine, measure, row_of
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.named import fresh, held_out_of, named_problem
 from gradiometer.bench.problems import Problem, reason_to_skip
@@ -31,7 +31,7 @@ from gradiometer.estimators.weights import log_mean_exp
 # What can change a number: these modules, the estimator's own and what its words name. Comments do not count.
 FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
 HARNESS = (
-    "bench.gradients", "bench.replicates", "bench.moments", "bench.measure", "bench.training", "bench.cost",
+    "bench.gradients", "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs",
     "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -67,7 +67,9 @@ class Cell:
         """The hash of everything that can change the cell's numbers."""
         decided: dict[str, Any] = {"cell": asdict(self), "torch": torch.__version__}
         modules = [type(parse(word)).__module__ for word in (self.estimator, self.reference) if word]
-        decided["sources"] = [_source(f"gradiometer.{name}") for name in (*FLOORS, *HARNESS)] + [_source(m) for m in modules]
+        decided["sources"] = [_source(f"gradiometer.{name}") for name in (*FLOORS, *HARNESS)] + [
+            _source(m) for m in modules
+        ]
         decided["metrics"] = {name: metric.version for name, metric in METRICS.items()}
         if self.kind == "training":
             model, dataset = fresh(self.problem, self.seed)
@@ -183,5 +185,3 @@ def _source(module: str) -> str:
     path = sys.modules[module].__file__
     assert path is not None
     return hashlib.sha256(ast.dump(ast.parse(Path(path).read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
-
-

@@ -14,7 +14,11 @@ from gradiometer.bench.errors import RequestError
 
 THINGS = ("estimators", "problems", "suites", "metrics", "datasets")
 PLUGIN = click.option(
-    "--plugin", "plugins", multiple=True, metavar="FILE.py", help="A file of estimators to know beside ours; repeatable."
+    "--plugin",
+    "plugins",
+    multiple=True,
+    metavar="FILE.py",
+    help="A file of estimators to know beside ours; repeatable.",
 )
 
 
@@ -73,10 +77,18 @@ def list_(what: str | None, plugins: tuple[str, ...]) -> None:
 @click.option("--only", metavar="PATTERN", help="Only estimators or problems that match, as in 'iwae*'.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the suite; repeatable.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Cells side by side; changes no row.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Cells side by side; changes no row."
+)
 @PLUGIN
 def run(
-    suite: str, out: Path | None, only: str | None, settings: tuple[str, ...], device: str, jobs: int, plugins: tuple[str, ...]
+    suite: str,
+    out: Path | None,
+    only: str | None,
+    settings: tuple[str, ...],
+    device: str,
+    jobs: int,
+    plugins: tuple[str, ...],
 ) -> None:
     """Run a suite; what is finished is kept, what failed is tried again.
 
@@ -106,10 +118,14 @@ def run(
 
 @main.command()
 @click.argument("problem")
-@click.option("-e", "--estimator", "words", multiple=True, required=True, metavar="WORD", help="As in dreg:K=8; repeatable.")
+@click.option(
+    "-e", "--estimator", "words", multiple=True, required=True, metavar="WORD", help="As in dreg:K=8; repeatable."
+)
 @click.option("-m", "--metric", "metrics", multiple=True, metavar="NAME", help="Columns of the table; repeatable.")
 @click.option("--replicates", type=click.IntRange(min=4), default=1024, show_default=True)
-@click.option("--batch", type=click.IntRange(min=1), default=20, show_default=True, help="Data points in the minibatch.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=20, show_default=True, help="Data points in the minibatch."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--reference", metavar="WORD", default="", help="The estimator whose mean gradient `cosine` refers to.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
@@ -315,13 +331,17 @@ class _progress:
 
     def tell(self, outcome: Any) -> None:
         self.done += 1
-        said = f"{outcome.cell}: {outcome.status}" + (f": {outcome.reason}" if outcome.status in ("failed", "skipped") else "")
+        said = f"{outcome.cell}: {outcome.status}" + (
+            f": {outcome.reason}" if outcome.status in ("failed", "skipped") else ""
+        )
         if self.bar is not None:
             self.bar.update(self.task, advance=1, description=str(outcome.cell))
             if outcome.status in ("failed", "skipped"):
                 self.bar.print(said)
         elif outcome.status != "kept":
-            click.echo(f"[{self.done}/{self.total}] {said}" + (f" ({outcome.seconds:.1f} s)" if outcome.seconds else ""))
+            click.echo(
+                f"[{self.done}/{self.total}] {said}" + (f" ({outcome.seconds:.1f} s)" if outcome.seconds else "")
+            )
 
 
 def _summarize(outcomes: Iterable[Any], folder: Path) -> int:

@@ -41,7 +41,9 @@ def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
         known = ", ".join(sorted(set(rows["metric"]) - {""}))
         raise RequestError(f"{metric!r} was not measured here; these were: {known}")
     if baseline not in set(measured["estimator"]):
-        raise RequestError(f"the baseline {baseline!r} was not measured here; these were: {', '.join(sorted(set(measured['estimator'])))}")
+        raise RequestError(
+            f"the baseline {baseline!r} was not measured here; these were: {', '.join(sorted(set(measured['estimator'])))}"
+        )
     found = list(_ratios(measured, baseline))
     if not found:
         raise RequestError(f"no problem has both {baseline!r} and another estimator with a positive {metric}")
@@ -54,13 +56,15 @@ def _ratios(measured: pd.DataFrame, baseline: str) -> Iterator[Ratio]:
         for _, row in cells[cells["estimator"] != baseline].iterrows():
             for _, base in bases.iterrows():
                 if row["digest"] != base["digest"]:
-                    raise RequestError(f"{problem} stands for different parameters or data in these results (other snapshots): rerun one")
+                    raise RequestError(
+                        f"{problem} stands for different parameters or data in these results (other snapshots): rerun one"
+                    )
                 if row["version"] != base["version"]:
                     raise RequestError(f"{row['metric']} was redefined between these results: rerun the older one")
                 if row["value"] > 0 and base["value"] > 0:
                     paired = all(row[c] == base[c] for c in SAME_NOISE) and isinstance(row["jackknife"], list)
                     value = ratio(_value(row), _value(base)) if paired else _independent(row, base)
-                    yield Ratio(problem, group, row["estimator"], int(row["K"]), row["evaluations"], value, paired)
+                    yield Ratio(str(problem), str(group), row["estimator"], int(row["K"]), row["evaluations"], value, paired)
 
 
 def _value(row: Any) -> Value:

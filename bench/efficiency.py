@@ -21,7 +21,8 @@ def with_products(rows: pd.DataFrame) -> pd.DataFrame:
     variances = rows[rows["metric"] == "variance"]
     seconds = rows[rows["metric"] == "seconds_per_gradient"].set_index(CELL)
     made: list[dict[str, Any]] = []
-    for row in variances.to_dict("records"):
+    for record in variances.to_dict("records"):
+        row = {str(name): value for name, value in record.items()}
         by_count = {"value": row["evaluations"], "stderr": 0.0}
         made.append(_product(row, by_count, "variance_evaluations"))
         key = tuple(row[name] for name in CELL)

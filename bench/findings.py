@@ -15,6 +15,8 @@ from gradiometer.bench.uncertain import format_interval, format_uncertain
 
 __all__ = ["findings"]
 
+_SAME = ("seed", "replicates", "B", "digest")  # what two cells share that saw the same noise
+
 
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     """The main findings by topic: who is quietest, where rankings flip, who is cheapest, SNR against K, the best model.
@@ -43,7 +45,11 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
 def paired_ratio(a: Any, b: Any) -> Value | None:
     """The ratio of two rows' values; None where their shards do not belong together."""
     shards = [jack if isinstance(jack, (list, tuple, np.ndarray)) else [] for jack in (a.jackknife, b.jackknife)]
-    if len(shards[0]) != len(shards[1]) or len(shards[0]) < 2 or (a.seed, a.replicates) != (b.seed, b.replicates):
+    if (
+        len(shards[0]) != len(shards[1])
+        or len(shards[0]) < 2
+        or any(str(getattr(a, name)) != str(getattr(b, name)) for name in _SAME)
+    ):
         return None
     if not all(np.isfinite(jack).all() and (np.asarray(jack) > 0).all() for jack in shards):
         return None

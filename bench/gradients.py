@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradiometer.bench.models.protocol import parameters_of
 from gradiometer.estimators.base import Estimator, State, Surrogate
 from gradiometer.estimators.noise import Rng
-from gradiometer.bench.models.protocol import parameters_of
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]
 """``{group: {name: parameter}}``"""
@@ -151,7 +151,9 @@ def rows(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State, pa
                 if term.shape[:1] != (R,):
                     raise NotRows(f"the term of group {group!r} has shape {tuple(term.shape)}, not (R, B)")
                 total = term.flatten(1).mean(1).sum()
-                cotangents = torch.autograd.grad(total, [call[2] for call in mine], retain_graph=True, allow_unused=True)
+                cotangents = torch.autograd.grad(
+                    total, [call[2] for call in mine], retain_graph=True, allow_unused=True
+                )
                 for (layer, inputs, _), cotangent in zip(mine, cotangents, strict=True):
                     if cotangent is not None:
                         _add_linear(gradients, layer, inputs, cotangent, R, owner)
@@ -164,7 +166,11 @@ def rows(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State, pa
 
 def _must_be_linear(modules: list[nn.Module], owner: Mapping[int, str]) -> None:
     linear = {
-        id(p) for m in modules for layer in m.modules() if isinstance(layer, nn.Linear) for p in layer.parameters(recurse=False)
+        id(p)
+        for m in modules
+        for layer in m.modules()
+        if isinstance(layer, nn.Linear)
+        for p in layer.parameters(recurse=False)
     }
     for identity, name in owner.items():
         if identity not in linear:
@@ -176,7 +182,9 @@ def _add_linear(
 ) -> None:
     """Each replicate's gradient of one call of a linear layer; rows are ``[..., R, B, features]``."""
     if cotangent.dim() < 3 or cotangent.shape[-3] != R or inputs.shape[-3] != R:
-        raise NotRows(f"{owner[id(layer.weight)]!r} was called on shape {tuple(inputs.shape)}, which has no replicate axis")
+        raise NotRows(
+            f"{owner[id(layer.weight)]!r} was called on shape {tuple(inputs.shape)}, which has no replicate axis"
+        )
     A = inputs.movedim(-3, 0).reshape(R, -1, inputs.shape[-1])  # [R, rows, in]
     D = cotangent.movedim(-3, 0).reshape(R, -1, cotangent.shape[-1])  # [R, rows, out]
     made = [(layer.weight, torch.bmm(D.mT, A))]

@@ -1,7 +1,7 @@
 """Every quantity we report, defined once: formula, unit, direction, version. No torch here, so that reports need none.
 
-All gradients are ascent on an objective, of the mean over the minibatch, at fixed parameters and a fixed minibatch. ``mean`` and ``var``
-are each coordinate's over ``n`` replicates; sums and means run over the coordinates of a parameter group.
+All gradients are ascent on an objective, of the mean over the minibatch, at fixed parameters and a fixed minibatch. ``mean``
+and ``var`` are each coordinate's over ``n`` replicates; sums and means run over the coordinates of a parameter group.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def variance(g: PooledMoments) -> float:
 
 
 def snr(g: PooledMoments) -> float:
-    """Signal-to-noise ratio per coordinate, ``mean over coordinates of |mean| / sqrt(var)``; coordinates without noise are left out.
+    """Signal-to-noise ratio, ``mean over coordinates of |mean| / sqrt(var)``; coordinates without noise are left out.
 
     A gradient of mean zero still shows ``sqrt(2 / (pi n))``, its floor (Rainforth et al. 2018, with the floor told).
     """
@@ -58,7 +58,8 @@ def snr_floor(g: PooledMoments) -> float:
 def snr_corrected(g: PooledMoments) -> float:
     """Root mean square over coordinates of the signal-to-noise ratio with its floor taken out.
 
-    ``sqrt(max(0, c mean over coordinates of mean^2 / var - 1 / n))``, with ``c = (n - 3) / (n - 1)``: zero on average for a zero mean.
+    ``sqrt(max(0, c mean over coordinates of mean^2 / var - 1 / n))``, ``c = (n - 3) / (n - 1)``: the square is unbiased
+    before it is cut at zero.
     """
     noisy = g.variance > 0
     if not noisy.any() or g.n <= 3:
@@ -117,7 +118,9 @@ class Metric:
     of: Callable[..., float] | None = field(default=None, compare=False)
 
 
-def _of(function: Callable[..., float], label: str, unit: str, better: str, reduction: str, positive: bool = True) -> Metric:
+def _of(
+    function: Callable[..., float], label: str, unit: str, better: str, reduction: str, positive: bool = True
+) -> Metric:
     doc = " ".join((function.__doc__ or "").split())
     return Metric(function.__name__, label, unit, better, reduction, doc, positive, of=function)
 
@@ -127,31 +130,131 @@ _MOMENTS = (
     _of(variance, "gradient variance", "(nats / parameter)^2", "lower", "trace"),
     _of(snr, "signal-to-noise ratio", "1", "higher", "mean over coordinates"),
     _of(snr_floor, "floor of the signal-to-noise ratio", "1", "", "exact", positive=False),
-    _of(snr_corrected, "signal-to-noise ratio, floor removed", "1", "higher", "root mean square over coordinates", False),
+    _of(
+        snr_corrected, "signal-to-noise ratio, floor removed", "1", "higher", "root mean square over coordinates", False
+    ),
 )
 _PROJECTIONS = (
     _of(directional_snr, "directional signal-to-noise ratio", "1", "higher", "mean over replicates"),
     _of(cosine, "cosine to the reference gradient", "1", "higher", "mean over replicates", positive=False),
 )
 _VALUES = (
-    Metric("objective", "objective", "nats", "higher", "mean over replicates", "The bound the generative gradient ascends, on the measured minibatch."),
-    Metric("elbo", "ELBO", "nats", "higher", "mean over replicates", "Evidence lower bound, ``E log w``, on the measured minibatch."),
-    Metric("iwelbo", "K-sample bound", "nats", "higher", "mean over replicates", "``E log mean_k w_k`` with the estimator's own K, on the measured minibatch."),
-    Metric("ess", "effective sample size", "particles", "higher", "mean over replicates", "``(sum w)^2 / sum w^2`` of the K weights of one data point, between 1 and K; after the last resampling where an estimator resamples."),
-    Metric("active_units", "active units", "units", "", "count", "Latents whose posterior mean varies over data: ``Var_x E_q[z] > 0.01`` (Burda et al. 2016)."),
+    Metric(
+        "objective",
+        "objective",
+        "nats",
+        "higher",
+        "mean over replicates",
+        "The bound the generative gradient ascends, on the measured minibatch.",
+    ),
+    Metric(
+        "elbo",
+        "ELBO",
+        "nats",
+        "higher",
+        "mean over replicates",
+        "Evidence lower bound, ``E log w``, on the measured minibatch.",
+    ),
+    Metric(
+        "iwelbo",
+        "K-sample bound",
+        "nats",
+        "higher",
+        "mean over replicates",
+        "``E log mean_k w_k`` with the estimator's own K, on the measured minibatch.",
+    ),
+    Metric(
+        "ess",
+        "effective sample size",
+        "particles",
+        "higher",
+        "mean over replicates",
+        "``(sum w)^2 / sum w^2`` of the K weights of one data point, between 1 and K; after the last resampling where an estimator resamples.",
+    ),
+    Metric(
+        "active_units",
+        "active units",
+        "units",
+        "",
+        "count",
+        "Latents whose posterior mean varies over data: ``Var_x E_q[z] > 0.01`` (Burda et al. 2016).",
+    ),
 )
 _COSTS = (
-    Metric("evaluations", "evaluations", "per datum and gradient", "lower", "exact", "Evaluations of the joint density per data point and gradient, counted."),
-    Metric("seconds_per_gradient", "time per gradient", "s", "lower", "median", "Wall-clock time of one gradient as a training step takes it: surrogate, backward, no optimiser.", True),
-    Metric("peak_memory", "peak memory", "MiB", "lower", "exact", "Most memory held at once by tensors that one gradient allocates, model and data excluded."),
-    Metric("gradients_per_second", "gradients per second", "1/s", "higher", "median", "The inverse of seconds_per_gradient.", True),
-    Metric("particles_per_second", "particles per second", "1/s", "higher", "median", "Evaluations of the joint per second of gradient computation.", True),
-    Metric("variance_seconds", "variance x time", "(nats / parameter)^2 s", "lower", "product", "Variance times seconds per gradient: what a fixed time budget buys; halving it halves the time to a given error.", True),
-    Metric("variance_evaluations", "variance x evaluations", "(nats / parameter)^2", "lower", "product", "Variance times evaluations of the joint per datum: cost without the machine.", True),
+    Metric(
+        "evaluations",
+        "evaluations",
+        "per datum and gradient",
+        "lower",
+        "exact",
+        "Evaluations of the joint density per data point and gradient, counted.",
+    ),
+    Metric(
+        "seconds_per_gradient",
+        "time per gradient",
+        "s",
+        "lower",
+        "median",
+        "Wall-clock time of one gradient as a training step takes it: surrogate, backward, no optimiser.",
+        True,
+    ),
+    Metric(
+        "peak_memory",
+        "peak memory",
+        "MiB",
+        "lower",
+        "exact",
+        "Most memory held at once by tensors that one gradient allocates, model and data excluded.",
+    ),
+    Metric(
+        "gradients_per_second",
+        "gradients per second",
+        "1/s",
+        "higher",
+        "median",
+        "The inverse of seconds_per_gradient.",
+        True,
+    ),
+    Metric(
+        "particles_per_second",
+        "particles per second",
+        "1/s",
+        "higher",
+        "median",
+        "Evaluations of the joint per second of gradient computation.",
+        True,
+    ),
+    Metric(
+        "variance_seconds",
+        "variance x time",
+        "(nats / parameter)^2 s",
+        "lower",
+        "product",
+        "Variance times seconds per gradient: what a fixed time budget buys; halving it halves the time to a given error.",
+        True,
+    ),
+    Metric(
+        "variance_evaluations",
+        "variance x evaluations",
+        "(nats / parameter)^2",
+        "lower",
+        "product",
+        "Variance times evaluations of the joint per datum: cost without the machine.",
+        True,
+    ),
 )
 _TRAINING = (
-    Metric("test_elbo", "ELBO on test data", "nats", "higher", "mean over data", "ELBO on held-out data along training."),
-    Metric("test_iwelbo", "64-sample bound on test data", "nats", "higher", "mean over data", "K-sample bound with K = 64 on held-out data along training."),
+    Metric(
+        "test_elbo", "ELBO on test data", "nats", "higher", "mean over data", "ELBO on held-out data along training."
+    ),
+    Metric(
+        "test_iwelbo",
+        "64-sample bound on test data",
+        "nats",
+        "higher",
+        "mean over data",
+        "K-sample bound with K = 64 on held-out data along training.",
+    ),
 )
 GRADIENT = MappingProxyType({m.name: m for m in _MOMENTS})
 PROJECTION = MappingProxyType({m.name: m for m in _PROJECTIONS})

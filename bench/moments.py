@@ -1,11 +1,12 @@
 """Raw moments of a gradient over replicates, in shards, without ever holding replicates x parameters.
 
-The replicates fall into contiguous shards. Per shard and coordinate we keep the sum of deviations from a pilot (the first replicates'
-mean) and of their squares: deviations are as small as the noise, so nothing cancels, however large the mean.
+The replicates fall into contiguous shards. Per shard and coordinate we keep the sum of deviations from a pilot (the first
+replicates' mean) and of their squares: deviations are as small as the noise, so nothing cancels, however large the mean.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,7 +32,7 @@ def shards(replicates: int) -> list[range]:
     number = min(SHARDS, replicates // 2)
     unit = BLOCK if replicates >= 2 * BLOCK * number else 1
     edges = [round(i * replicates / number / unit) * unit for i in range(number)] + [replicates]
-    return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True)
@@ -115,4 +116,3 @@ class Accumulator:
             self.first.reshape(rows, -1).cpu().numpy(),
             self.second.reshape(rows, -1).cpu().numpy(),
         )
-

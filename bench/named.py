@@ -1,7 +1,7 @@
 """Problems by name: ``digits-vae@late``, ``gaussian-toy:distance=0.5``; and the reference runs behind their snapshots.
 
-A reference run is decided by what stands here: model, data, estimator, seed, optimiser, steps. Its snapshots are cached and enter every
-cell's key by the hash of their parameters.
+A reference run is decided by what stands here: model, data, estimator, seed, optimiser, steps. Its snapshots are cached and
+enter every cell's key by the hash of their parameters.
 """
 
 from __future__ import annotations
@@ -54,12 +54,18 @@ _DIGITS_SCORE, _MNIST_SCORE = Recipe("rloo:K=8", steps=5000), Recipe("rloo:K=4",
 REFERENCES = MappingProxyType(
     {
         "digits-vae": Reference("digits", "digits", _DIGITS, 100, "64-32-8 Gaussian VAE"),
-        "digits-vae-two-layers": Reference("digits-two-layers", "digits", _DIGITS, 100, "two stochastic layers, 12 and 6"),
+        "digits-vae-two-layers": Reference(
+            "digits-two-layers", "digits", _DIGITS, 100, "two stochastic layers, 12 and 6"
+        ),
         "digits-vae-bernoulli": Reference("digits-binary", "digits", _DIGITS_SCORE, 100, "16 Bernoulli latents"),
-        "digits-vae-categorical": Reference("digits-categorical", "digits", _DIGITS_SCORE, 100, "6 latents of 4 classes"),
+        "digits-vae-categorical": Reference(
+            "digits-categorical", "digits", _DIGITS_SCORE, 100, "6 latents of 4 classes"
+        ),
         "mnist-vae": Reference("burda-1", "mnist", _MNIST, 500, "784-200-200-50 of Burda et al."),
         "mnist-vae-two-layers": Reference("burda-2", "mnist", _MNIST, 500, "Burda et al.'s 100 and 50 latents"),
-        "mnist-vae-linear": Reference("disarm-linear", "mnist", _MNIST_SCORE, 500, "784-200 linear, Bernoulli, of the DisARM line"),
+        "mnist-vae-linear": Reference(
+            "disarm-linear", "mnist", _MNIST_SCORE, 500, "784-200 linear, Bernoulli, of the DisARM line"
+        ),
         "mnist-vae-nonlinear": Reference(
             "disarm-nonlinear", "mnist", _MNIST_SCORE, 500, "784-200-200-200 LeakyReLU, Bernoulli, of the DisARM line"
         ),
@@ -176,7 +182,9 @@ def parse_problem(word: str) -> Name:
         raise RequestError(f"{name} has no options: leave out ':{settings}'")
     snapshots = list(REFERENCES[name].snapshots)
     if not at:
-        raise RequestError(f"{name} is measured at a snapshot of its reference run: write {name}@late (or @init, @early)")
+        raise RequestError(
+            f"{name} is measured at a snapshot of its reference run: write {name}@late (or @init, @early)"
+        )
     if snapshot not in snapshots:
         raise RequestError(f"{name} has no snapshot {snapshot!r}{nearest(snapshot, snapshots)}")
     return Name(word, name, settings, snapshot)
@@ -274,7 +282,9 @@ def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise RequestError(f"the snapshot {path} cannot be written ({error.strerror}); XDG_CACHE_HOME moves the cache") from None
+        raise RequestError(
+            f"the snapshot {path} cannot be written ({error.strerror}); XDG_CACHE_HOME moves the cache"
+        ) from None
 
 
 def _digest(model: nn.Module, x: Tensor, held_out: Tensor | None) -> str:

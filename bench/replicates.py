@@ -76,7 +76,9 @@ def draws(
 def must_be_finite(draw: Draw, shard: range) -> None:
     for name, gradient in draw.gradients.items():
         if not gradient.isfinite().all():
-            raise Failure(f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}")
+            raise Failure(
+                f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}"
+            )
 
 
 def per_replicate(estimator: Estimator, log_w: Tensor | None) -> dict[str, Tensor]:

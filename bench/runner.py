@@ -84,7 +84,9 @@ def _run_batch(
 ) -> None:
     pool = ProcessPool(workers, context=get_context("spawn"), initializer=_start, initargs=(list(plugins),))
     try:
-        pending = {pool.schedule(_work, args=(cell, folder), timeout=limit): (cell, limit) for cell, limit in batch}
+        pending: dict[Future[Outcome], tuple[Cell, float]] = {
+            pool.schedule(_work, args=(cell, folder), timeout=limit): (cell, limit) for cell, limit in batch
+        }
         for future in _as_completed(list(pending)):
             cell, limit = pending[future]
             tell(_outcome(future, cell, limit, folder))

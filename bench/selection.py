@@ -20,13 +20,26 @@ __all__ = [
 ]
 
 _TEXT = (
-    *("suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "estimator", "family", "device", "dtype"),
+    *(
+        "suite",
+        "cell",
+        "kind",
+        "problem",
+        "model",
+        "dataset",
+        "snapshot",
+        "digest",
+        "estimator",
+        "family",
+        "device",
+        "dtype",
+    ),
     *("group", "tensor", "metric", "randomness", "unit", "status", "reason"),
 )
 _NUMBERS = ("step", "seconds", "K", "B", "evaluations", "value", "stderr", "low", "high", "replicates")
 _DEFAULTS: dict[str, Any] = dict.fromkeys(_TEXT, "") | dict.fromkeys(_NUMBERS, math.nan)
 _DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "jackknife": None}
-_SETTINGS = {"B": "B", "device": "device", "dtype": "dtype"}
+_SETTINGS = {"B": "B", "device": "device", "dtype": "dtype", "digest": "parameters"}  # and how labels call them
 _SNAPSHOTS = ("init", "early", "late")
 _GROUPS = ("generative", "inference")
 
@@ -52,6 +65,7 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
         found[name] = found[name].astype(object).where(found[name].notna(), "").astype(str)
     for name in _NUMBERS:
         found[name] = pd.to_numeric(found[name], errors="coerce").astype(float)
+    found["seed"] = pd.to_numeric(found["seed"], errors="coerce").fillna(0).astype(int)
     found["checked"] = found["checked"].map(lambda passed: passed is True or str(passed) == "True")
     found = found[(found["tensor"] == "") & found["randomness"].isin(["estimator", ""])]
     named, model = found["problem"].str.partition("@"), found["model"]
@@ -70,29 +84,32 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
 
 def gradients(tidied: pd.DataFrame) -> pd.DataFrame:
     """The rows that measured gradients held still; a label says which seed where a problem's cells have several."""
-    found = tidied[(tidied["kind"] == "gradient") & (tidied["status"] == "ok") & (tidied["metric"] != "")].copy()
-    several = found.groupby(["problem", "label", "group", "metric"])["seed"].transform("nunique") > 1
-    found["configuration"] = found["label"]
-    found.loc[several, "label"] = [
-        f"{label} [seed {s}]" for label, s in found.loc[several, ["label", "seed"]].to_numpy()
-    ]
-    return found
+    return _by_seed(tidied[(tidied["kind"] == "gradient") & (tidied["status"] == "ok") & (tidied["metric"] != "")])
 
 
 def cost(tidied: pd.DataFrame) -> pd.DataFrame:
-    """The rows that measured time and memory, the first of each configuration."""
-    found = tidied[(tidied["kind"] == "cost") & (tidied["status"] == "ok") & (tidied["metric"] != "")]
-    found = found.assign(configuration=found["label"])
-    return found.drop_duplicates(["problem", "label", "group", "metric"])
+    """The rows that measured time and memory, and their products with variance."""
+    return _by_seed(tidied[(tidied["kind"] == "cost") & (tidied["status"] == "ok") & (tidied["metric"] != "")])
+
+
+def _by_seed(found: pd.DataFrame) -> pd.DataFrame:
+    """Rows with `configuration`, the label so far, and the seed in the label of those measured with several."""
+    several = found.groupby(["problem", "label", "group", "metric"])["seed"].transform("nunique") > 1
+    seeded = [f"{label} [seed {seed}]" for label, seed in zip(found["label"], found["seed"], strict=True)]
+    return found.assign(
+        configuration=found["label"], label=pd.Series(seeded, found.index).where(several, found["label"])
+    )
 
 
 def measured(tidied: pd.DataFrame) -> pd.DataFrame:
     """Gradient rows, and the cost rows of their configurations under the same labels."""
     held_still, costs = gradients(tidied), cost(tidied)
-    names = held_still[["problem", "configuration", "label"]].drop_duplicates()
-    costs = costs.drop(columns="label").merge(names, on=["problem", "configuration"], how="left")
-    costs["label"] = costs["label"].fillna(costs["configuration"])
-    return pd.concat([held_still, costs], ignore_index=True)
+    names = held_still[["problem", "configuration", "label"]].drop_duplicates().rename(columns={"label": "name_of"})
+    costs = costs.merge(names, on=["problem", "configuration"], how="left")
+    own = costs["label"] != costs["configuration"]  # measured with several seeds itself
+    costs = costs[~own | costs["name_of"].isna() | (costs["name_of"] == costs["label"])]
+    costs["label"] = costs["name_of"].where(costs["name_of"].notna() & ~own, costs["label"])
+    return pd.concat([held_still, costs.drop(columns="name_of")], ignore_index=True)
 
 
 def training(tidied: pd.DataFrame) -> pd.DataFrame:
@@ -154,6 +171,6 @@ def _labels(cells: pd.DataFrame) -> list[str]:
     for setting, shown in _SETTINGS.items():
         if ok.empty or ok.groupby(["estimator", "kind"])[setting].nunique().max() < 2:
             continue
-        values = [f"{v:g}" if isinstance(v, float) else str(v) for v in cells[setting]]
+        values = [f"{v:g}" if isinstance(v, float) else str(v)[:8] for v in cells[setting]]
         labels = [f"{label} [{shown} {value}]" for label, value in zip(labels, values, strict=True)]
     return labels

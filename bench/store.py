@@ -23,8 +23,32 @@ COLUMNS = (
     "value", "stderr", "low", "high", "replicates", "precision_met", "checked", "status", "reason", "manifest", "jackknife",
 )  # fmt: skip
 TEXT = frozenset(
-    "suite cell kind problem model dataset snapshot digest estimator family device dtype engine group tensor metric space "
-    "randomness reduction scale unit status reason manifest".split()
+    [
+        "suite",
+        "cell",
+        "kind",
+        "problem",
+        "model",
+        "dataset",
+        "snapshot",
+        "digest",
+        "estimator",
+        "family",
+        "device",
+        "dtype",
+        "engine",
+        "group",
+        "tensor",
+        "metric",
+        "space",
+        "randomness",
+        "reduction",
+        "scale",
+        "unit",
+        "status",
+        "reason",
+        "manifest",
+    ]
 )
 
 
@@ -39,7 +63,9 @@ def open_for_writing(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=folder / "cells", suffix=".part"):
             pass
     except OSError as error:
-        raise RequestError(f"cannot write results to {folder}: {error.strerror}; name another folder with --out") from None
+        raise RequestError(
+            f"cannot write results to {folder}: {error.strerror}; name another folder with --out"
+        ) from None
 
 
 def publish(path: Path, content: Mapping[str, Any]) -> None:
@@ -109,7 +135,9 @@ def load(folder: Path) -> pd.DataFrame:
     for key in about["cells"]:
         record = read_cell(folder, key)
         if record is not None:
-            shared = {"suite": about["suite"], "cell": key, "manifest": record["manifest"].get("date", "")} | record["shared"]
+            shared = {"suite": about["suite"], "cell": key, "manifest": record["manifest"].get("date", "")} | record[
+                "shared"
+            ]
             rows += [shared | row for row in record["rows"]]
     return with_products(frame(rows)) if rows else pd.DataFrame(columns=list(COLUMNS))
 
@@ -121,7 +149,20 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     for name in TEXT:
         table[name] = table[name].astype(object).where(table[name].notna(), "")
-    for name in ("value", "stderr", "low", "high", "step", "seconds", "K", "B", "evaluations", "seed", "replicates", "version"):
+    for name in (
+        "value",
+        "stderr",
+        "low",
+        "high",
+        "step",
+        "seconds",
+        "K",
+        "B",
+        "evaluations",
+        "seed",
+        "replicates",
+        "version",
+    ):
         table[name] = pd.to_numeric(table[name])
     table["checked"] = table["checked"].astype(object).where(table["checked"].notna(), False).astype(bool)
     return table

@@ -115,7 +115,7 @@ class Suite(BaseModel):
     def _grid(self, device: str) -> Iterator[tuple[Block, Cell]]:
         shared: dict[str, Any] = {"device": device, "threads": self.threads}
         for g in self.gradient:
-            of = {"replicates": g.replicates, "reference": g.reference, "engine": g.engine, "dtype": g.dtype}
+            of: dict[str, Any] = {"replicates": g.replicates, "reference": g.reference, "engine": g.engine, "dtype": g.dtype}
             for problem in g.problems:
                 for word in g.words(g.estimators):
                     yield g, Cell("gradient", problem, word, g.batch, self.seed, **of, **shared)
@@ -153,7 +153,11 @@ def read(word: str, settings: Sequence[str] = ()) -> tuple[str, Suite]:
             raise RequestError(f"no suite file {path}")
         text, where, name = path.read_text(encoding="utf-8"), str(path), path.stem
     elif word in names():
-        text, where, name = (files("gradiometer.bench") / "suites" / f"{word}.toml").read_text("utf-8"), f"{word}.toml", word
+        text, where, name = (
+            (files("gradiometer.bench") / "suites" / f"{word}.toml").read_text("utf-8"),
+            f"{word}.toml",
+            word,
+        )
     else:
         raise RequestError(f"unknown suite {word!r}{nearest(word, names())} (a file of your own ends in .toml)")
     try:
@@ -207,7 +211,9 @@ def _override(content: dict[str, Any], setting: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value
-    places = [(kind, model) for kind, model in (("gradient", GradientBlock), ("cost", CostBlock), ("training", TrainingBlock))]
+    places = [
+        (kind, model) for kind, model in (("gradient", GradientBlock), ("cost", CostBlock), ("training", TrainingBlock))
+    ]
     hit = key in Suite.model_fields and key not in ("gradient", "cost", "training")
     if hit:
         content[key] = parsed
@@ -230,7 +236,9 @@ def _sentence(error: Any, text: str, where: str) -> str:
         message = f"unknown key{nearest(str(location[-1]), list(known.model_fields))}"
     elif error["type"] == "missing":
         message = "this key is missing"
-    elif "input" in error and not isinstance(error["input"], dict | list) and not message.startswith(("unknown", "no ")):
+    elif (
+        "input" in error and not isinstance(error["input"], dict | list) and not message.startswith(("unknown", "no "))
+    ):
         message = f"{message[0].lower()}{message[1:]}, not {error['input']!r}"
     return f"{where}, line {line_of(location, text)}: {path}: {message}"
 

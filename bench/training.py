@@ -56,7 +56,9 @@ def settled(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:
     if not (state.tracked or state.learned):
         return state
     learned = {g: m for g, m in trainable(model, state).items() if g in state.learned}
-    optimizer = torch.optim.Adam([p for members in learned.values() for p in members.values()] or [torch.zeros(1)], 1e-3)
+    optimizer = torch.optim.Adam(
+        [p for members in learned.values() for p in members.values()] or [torch.zeros(1)], 1e-3
+    )
     for step in range(SETTLE):
         rng = Rng(seed, step, "settle", x.device, block=1)
         learning_step(estimator, model, x, rng, state, learned, optimizer)

@@ -108,7 +108,7 @@ class Estimator(ABC):
 
     def __post_init__(self) -> None:
         least = self.facts.least_particles
-        if self.K < least:
+        if least > self.K:
             raise ValueError(f"{self.facts.name} needs K >= {least}, not K={self.K}")
 
     def __str__(self) -> str:

@@ -91,12 +91,20 @@ class NVI(Estimator):
             raise ValueError(f"nvi needs levels >= 2 (the guide and the posterior), not levels={self.levels}")
         # Weights before the only pair of kernels are equal, so nothing is self-normalised; resampled weights are the
         # gradient of no bound in theta, because the intermediate targets no longer cancel.
-        biased = () if self.levels == 2 else ("kernels", "path") if self.resample == "none" else ("generative", "kernels", "path")
+        biased = (
+            ()
+            if self.levels == 2
+            else ("kernels", "path")
+            if self.resample == "none"
+            else ("generative", "kernels", "path")
+        )
         object.__setattr__(self, "facts", replace(self.facts, biased=biased))
 
     def init_state(self, model: Any, x: Tensor) -> State:
         latent = model.guide(x).event_shape[-1]
-        pairs = [nn.ModuleDict({"proposal": Kernel(latent), "reversal": Kernel(latent)}) for _ in range(self.levels - 1)]
+        pairs = [
+            nn.ModuleDict({"proposal": Kernel(latent), "reversal": Kernel(latent)}) for _ in range(self.levels - 1)
+        ]
         learned: dict[str, nn.Module] = {"kernels": nn.ModuleList(pairs)}
         if self.path == "learned" and self.levels > 2:
             learned["path"] = Path(self.levels)
@@ -119,7 +127,7 @@ class NVI(Estimator):
         frozen = Independent(Normal(mean, stddev, validate_args=False), 1)
         z, log_w = z.detach(), torch.zeros_like(log_q0.detach())
         log_p, log_q0 = log_p.detach(), log_q0.detach()  # of the incoming particles
-        for level, pair in enumerate(state.learned["kernels"], start=1):  # type: ignore[arg-type]
+        for level, pair in enumerate(state.learned["kernels"], start=1):
             if level > 1 and self.resample == "systematic":
                 z, log_p, log_q0, log_w = _resampled(rng.uniform(like=q0), log_w, z, log_p, log_q0)
             before = log_w
@@ -148,7 +156,9 @@ class NVI(Estimator):
         """Surrogates of one level, ascended; each group takes its own derivative of them, never a neighbour's."""
         terms = {"kernels": (W_in * (t + r - stuck)).sum(0)}
         if "path" in state.learned:
-            centred = W_in * (log_v - (W_in * log_v).sum(0))  # the target before: a covariance, since log Z_{k-1} moves too
+            centred = W_in * (
+                log_v - (W_in * log_v).sum(0)
+            )  # the target before: a covariance, since log Z_{k-1} moves too
             terms["path"] = (W_in * t - W_out * t + centred * a).sum(0)
         return terms
 

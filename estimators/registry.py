@@ -25,7 +25,9 @@ def register(cls: E) -> E:
     """Class decorator: make an estimator known by its ``facts.name``."""
     known = _REGISTRY.get(cls.facts.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ValueError(f"two estimators are called {cls.facts.name!r}: {known.__module__}.{known.__name__} and {cls.__name__}")
+        raise ValueError(
+            f"two estimators are called {cls.facts.name!r}: {known.__module__}.{known.__name__} and {cls.__name__}"
+        )
     _REGISTRY[cls.facts.name] = cls
     return cls
 
@@ -113,7 +115,9 @@ def _convert(text: str, kind: object, what: str) -> object:
         try:
             return int(text) if kind is int else float(text)
         except ValueError:
-            raise ValueError(f"{what} should be {'a whole number' if kind is int else 'a number'}, not {text!r}") from None
+            raise ValueError(
+                f"{what} should be {'a whole number' if kind is int else 'a number'}, not {text!r}"
+            ) from None
     return text
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from gradiometer.bench.gradients import one, trainable
-from gradiometer.bench.measure import Measurement, measure
+from gradiometer.bench.measurement import Measurement, measure
 from gradiometer.bench.models.toys import BernoulliToy, FunctionToy, GaussianToy
 from gradiometer.bench.models.vae import VAE, Architecture
 from gradiometer.bench.problems import Problem

@@ -31,7 +31,7 @@ BENCH_STAIRS = (
     {"models"},
     {"moments", "gradients"},
     {"problems", "training", "replicates"},
-    {"measure", "cost", "named"},
+    {"measurement", "costs", "named"},
     {"cells"},
     {"suite"},
     {"store"},

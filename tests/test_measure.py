@@ -13,7 +13,7 @@ from torch.distributions import Independent, Normal
 
 from gradiometer.bench import gradients
 from gradiometer.bench.gradients import Draw, NotRows, one, rows, trainable
-from gradiometer.bench.measure import measure
+from gradiometer.bench.measurement import measure
 from gradiometer.bench.models.toys import BernoulliToy, Expectation, FunctionToy, GaussianToy
 from gradiometer.bench.models.vae import VAE, Architecture
 from gradiometer.bench.moments import Accumulator, shards

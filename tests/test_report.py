@@ -404,6 +404,8 @@ def test_rows_without_shards_or_of_other_noise_are_not_paired() -> None:
     a, b = bare("a", 1.0, 0.9, 1.1, jackknife=pair), bare("b", 2.0, 1.9, 2.1)
     assert findings(pd.DataFrame([a, b])) == {}
     assert findings(pd.DataFrame([a, b | {"jackknife": pair, "replicates": 128}])) == {}
+    assert findings(pd.DataFrame([a | {"digest": "1"}, b | {"jackknife": pair, "digest": "2"}])) == {}
+    assert findings(pd.DataFrame([a, b | {"jackknife": pair}])) != {}
 
 
 def test_flips_and_slopes_are_found(rows: pd.DataFrame) -> None:

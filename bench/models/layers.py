@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def perceptron(inputs: int, hidden: Sequence[int], outputs: int, activation: str
     """Linear layers of the named `hidden` sizes with `activation` between them, and a linear output."""
     sizes = [inputs, *hidden]
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
@@ -35,7 +36,9 @@ class Head(nn.Module):
     Kinds: "gaussian" (mean and softplus standard deviation), "bernoulli", "categorical" (one-hot, event ``[units, classes]``).
     """
 
-    def __init__(self, inputs: int, hidden: Sequence[int], units: int, kind: str, activation: str, classes: int) -> None:
+    def __init__(
+        self, inputs: int, hidden: Sequence[int], units: int, kind: str, activation: str, classes: int
+    ) -> None:
         super().__init__()
         self.kind, self.units, self.classes = kind, units, classes
         width = {"gaussian": 2 * units, "bernoulli": units, "categorical": units * classes}[kind]

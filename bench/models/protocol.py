@@ -60,7 +60,9 @@ def parameters_of(model: LatentVariableModel) -> dict[str, dict[str, nn.Paramete
         ]
         if len(owners) != 1:
             where = "no group" if not owners else f"groups {' and '.join(owners)}"
-            raise ValueError(f"parameter {name!r} of {type(model).__name__} is in {where}; groups must be disjoint and complete")
+            raise ValueError(
+                f"parameter {name!r} of {type(model).__name__} is in {where}; groups must be disjoint and complete"
+            )
         found[owners[0]][name] = parameter
     names = {id(parameter) for parameter in model.parameters()}
     if len(names) != len(list(model.named_parameters(remove_duplicate=False))):

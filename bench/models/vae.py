@@ -83,6 +83,7 @@ class VAE(nn.Module):
         a = self.architecture = architecture
         self.units = list(a.latent)
         widths = [units * (a.classes if a.kind == "categorical" else 1) for units in a.latent]
+        self.center: Tensor
         self.register_buffer("center", torch.full((a.data,), 0.5) if mean is None else mean.clone())
         self.encoder = Head(a.data, a.hidden, a.latent[0], a.kind, a.activation, a.classes)
         self.decoder = perceptron(
@@ -124,7 +125,9 @@ class VAE(nn.Module):
     def prior(self, q: Distribution) -> Distribution:
         """``p(z)`` expanded to the batch shape of the guide `q`; layers as the guide orders them, so of one layer only."""
         if not self.has_kl:
-            raise NotImplementedError("the prior of several layers has no distribution in the guide's order: use log_joint")
+            raise NotImplementedError(
+                "the prior of several layers has no distribution in the guide's order: use log_joint"
+            )
         return self._top(self.units[0]).expand(q.batch_shape)
 
     def kl(self, q: Distribution) -> Tensor:

@@ -24,7 +24,13 @@ ROUNDS = 16  # timed blocks, each its own shard of the error bar
 
 
 def cost(
-    problem: Problem, estimator: Estimator, *, seed: int = 0, device: str = "cpu", threads: int = 1, seconds: float = 0.5
+    problem: Problem,
+    estimator: Estimator,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int = 1,
+    seconds: float = 0.5,
 ) -> dict[str, Value]:
     """Seconds, memory and evaluations of one gradient, and the throughputs that follow.
 

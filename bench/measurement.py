@@ -17,7 +17,15 @@ from gradiometer.bench import metrics
 from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.moments import Accumulator, Array, Moments, shards
 from gradiometer.bench.problems import Problem, reason_to_skip
-from gradiometer.bench.replicates import active_units, choose, chunk_size, draws, must_be_finite, per_replicate, projected
+from gradiometer.bench.replicates import (
+    active_units,
+    choose,
+    chunk_size,
+    draws,
+    must_be_finite,
+    per_replicate,
+    projected,
+)
 from gradiometer.bench.statistics import Value, exact, jackknife
 from gradiometer.bench.training import settled
 from gradiometer.estimators.base import Estimator
@@ -193,13 +201,17 @@ def measure(
     samples: dict[str, list[Array]] = {}
     for number, shard in enumerate(bounds):
         if number == half and directions is None:
-            directions = {group: _direction({n: sums[n].mean(half) for n in members}) for group, members in groups.items()}
+            directions = {
+                group: _direction({n: sums[n].mean(half) for n in members}) for group, members in groups.items()
+            }
         found: list[dict[str, Tensor]] = []
         for draw in draws(chosen, estimator, counted, x, seed, state, parameters, shard, size):
             must_be_finite(draw, shard)
             for name, gradient in draw.gradients.items():
                 sums[name].fold(number, gradient)
-            found.append(per_replicate(estimator, draw.log_w) | projected(draw, groups, directions if number >= half else None))
+            found.append(
+                per_replicate(estimator, draw.log_w) | projected(draw, groups, directions if number >= half else None)
+            )
         together = {key: torch.cat([f[key] for f in found]).double().cpu().numpy() for key in found[0]}
         for key in ("objective", "elbo", "iwelbo", "ess"):
             if key in together:

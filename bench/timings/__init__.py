@@ -1,0 +1,1 @@
+"""Benchmarks for asv (`tox run -e asv`): time, memory and the statistics themselves, across commits."""

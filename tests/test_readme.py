@@ -1,0 +1,68 @@
+"""What the README says is so."""
+
+import re
+import tomllib
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from gradiometer.bench.cli import main
+from gradiometer.bench.metrics import METRICS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_example_runs():
+    example = next(code for code in PYTHON if "measured = measure(" in code)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["snr"].low < names["snr"].value < names["snr"].high
+    assert names["measured"].mean["encoder.weight"].shape == (5, 5)
+    assert {row["metric"] for row in names["rows"]} >= {"variance", "snr", "elbo"}
+
+
+def test_the_estimator_of_the_readme_is_measured_from_a_file(tmp_path):
+    plugin = tmp_path / "tempered.py"
+    plugin.write_text(next(code for code in PYTHON if "class Tempered" in code), encoding="utf-8")
+    words = ["-e", "tempered:temperature=4", "-e", "dreg:K=8"]
+    asked = ["measure", "gaussian-toy", *words, "--replicates", "64", "--plugin", str(plugin)]
+    result = CliRunner().invoke(main, asked, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "tempered:K=8,temperature=4.0" in result.output
+
+
+def test_every_metric_is_explained_and_no_other():
+    section = README.split("## What it measures")[1].split("##")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(name for cell in cells for name in re.findall(r"`(\w+)`", cell)) == sorted(METRICS)
+
+
+@pytest.mark.parametrize("environment", re.findall(r"tox run -e ([\w-]+)", README))
+def test_every_tox_environment_exists(environment):
+    tox = ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini")
+    sections = " ".join(tox.sections())
+    assert re.search(rf"testenv:{environment.removesuffix('-cpu')}\b", sections)
+    if environment.endswith("-cpu"):
+        assert f"testenv:{environment.removesuffix('-cpu')}{{,-cpu}}" in sections
+
+
+def test_every_command_and_no_other_is_shown():
+    shown = set(re.findall(r"^(?:\$ )?gradiometer (\w+)", README, re.MULTILINE))
+    assert shown == set(main.commands)
+
+
+def test_supported_versions_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == ">=3.11"
+    assert "torch>=2.6" in project["dependencies"]
+    assert "torch 2.6 or later" in README
+
+
+def test_pictures_and_links_exist():
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
