@@ -169,7 +169,7 @@ _VALUES = (
         "particles",
         "higher",
         "mean over replicates",
-        "``(sum w)^2 / sum w^2`` of the K weights of one data point, between 1 and K; after the last resampling where an estimator resamples.",
+        "``(sum w)^2 / sum w^2`` of the K weights of a data point, 1 to K; after the last resampling where there is one.",
     ),
     Metric(
         "active_units",

@@ -113,7 +113,7 @@ class NVI(Estimator):
     def betas(self, state: State, like: Tensor) -> Tensor:
         """The annealing exponents from 0 to 1, ``[*batch, levels]``, for `like` ``[*batch]``."""
         if "path" in state.learned:
-            return state.learned["path"](torch.ones_like(like).unsqueeze(-1))  # type: ignore[no-any-return]
+            return state.learned["path"](torch.ones_like(like).unsqueeze(-1))
         return torch.linspace(0, 1, self.levels).to(like).expand(*like.shape, -1)
 
     def surrogate(self, model: Any, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
@@ -127,7 +127,8 @@ class NVI(Estimator):
         frozen = Independent(Normal(mean, stddev, validate_args=False), 1)
         z, log_w = z.detach(), torch.zeros_like(log_q0.detach())
         log_p, log_q0 = log_p.detach(), log_q0.detach()  # of the incoming particles
-        for level, pair in enumerate(state.learned["kernels"], start=1):
+        pairs: Any = state.learned["kernels"]
+        for level, pair in enumerate(pairs, start=1):
             if level > 1 and self.resample == "systematic":
                 z, log_p, log_q0, log_w = _resampled(rng.uniform(like=q0), log_w, z, log_p, log_q0)
             before = log_w

@@ -59,8 +59,8 @@ class GaussianToy(nn.Module):
 class Expectation(nn.Module):
     """A guide without data whose objective is the plain expectation ``E_q[f(z)]`` of a function, at ``x = 1``.
 
-    ``log_joint`` is ``f(z)`` plus the guide's own log density with its parameters held, so that the log weight is ``f(z)`` and every
-    score-function estimator of the ELBO, and ``stl``, become the textbook estimators of ``grad E_q[f]``.
+    ``log_joint`` is ``f(z)`` plus the guide's own log density with its parameters held, so that the log weight is ``f(z)``
+    and every score-function estimator of the ELBO, and ``stl``, become the textbook estimators of ``grad E_q[f]``.
     """
 
     groups = MappingProxyType({"generative": (), "inference": ("encoder",)})
