@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from gradiometer.bench import selection
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.tables import unit_text
 
@@ -16,6 +17,7 @@ __all__ = ["FORMATS", "Plot", "axis", "decades", "floor", "panels", "point", "re
 
 FORMATS = ("png", "svg", "pdf")
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+VEIL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}  # behind words that cross lines
 _RC: Any = {
     "svg.hashsalt": "gradiometer",
     "svg.fonttype": "path",
@@ -78,7 +80,7 @@ def panels(groups: Sequence[str], width: float, height: float, **shared: Any) ->
     FigureCanvasAgg(figure)
     row = figure.subplots(1, len(groups), squeeze=False, **shared)[0]
     for axes, group in zip(row, groups, strict=True):
-        axes.set_title(f"{group} parameters" if group else "")
+        axes.set_title(selection.group_words(group))
     return figure, row
 
 
@@ -104,35 +106,41 @@ def blended(colour: str, amount: float) -> tuple[float, float, float]:
 def axis(metric: str) -> str:
     """An axis label in words with the unit."""
     definition = METRICS[metric]
-    words = "variance, trace over the group" if metric == "variance" else definition.label
+    words = "variance" if metric == "variance" else definition.label
     unit = unit_text(definition.unit)
     return f"{words} [{unit}]" if unit else words
 
 
 def floor(axes: Any, floors: pd.Series, *, along: str) -> None:
-    """The SNR of a gradient of mean zero: what lies in its shade is noise."""
+    """The SNR of a gradient of mean zero: what lies in its shade is noise. Far below the axis, the title says it."""
     known = floors.dropna()
     if known.empty:
         return
     highest = float(known.max())
     low = (axes.get_xlim() if along == "x" else axes.get_ylim())[0]
+    if low > highest:
+        axes.set_title(f"{axes.get_title()} (noise floor {highest:.2g})")
+        return
+    words: dict[str, Any] = {"textcoords": "offset points", "fontsize": 6.5, "color": "0.35", "zorder": 5}
     span, line = (axes.axvspan, axes.axvline) if along == "x" else (axes.axhspan, axes.axhline)
     span(min(low, highest / 1.5), highest, color="0.5", alpha=0.13, linewidth=0, zorder=1)
     line(highest, color="0.35", linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-    place = {
-        "xy": (highest, 1),
-        "xycoords": axes.get_xaxis_transform(),
-        "xytext": (-2, -3),
-        "rotation": 90,
-        "va": "top",
-    }
-    if along == "y":
-        place = {"xy": (1, highest), "xycoords": axes.get_yaxis_transform(), "xytext": (-3, -2), "va": "top"}
-    axes.annotate("noise floor", textcoords="offset points", ha="right", fontsize=6.5, color="0.35", **place)
+    if along == "x":
+        words |= {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
+        axes.annotate("noise floor", (highest, 1), (-2, -3), **words)
+    else:
+        words |= {"xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "top"}
+        axes.annotate("noise floor", (1, highest), (-3, -2), **words)
+
+
+def reaching(values: pd.Series, floors: pd.Series) -> float:
+    """Where an SNR axis starts: at its floor, if that is within a decade of the lowest value, else at the value."""
+    lowest, highest_floor = float(values.min()), float(floors.max())
+    return min(lowest, highest_floor / 1.15) if lowest < 10 * highest_floor else lowest
 
 
 def decades(axis_of: Any, low: float, high: float) -> None:
-    """Limits of a logarithmic axis around the data, wide enough for two labelled ticks, and plain labels where few."""
+    """Limits of a logarithmic axis around the data, and labels that a reader can count by."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     margin = max(1.2, (high / low) ** 0.05)
@@ -140,11 +148,24 @@ def decades(axis_of: Any, low: float, high: float) -> None:
     span = math.log10(high / low)
     axis_of.axes.set_xlim(low, high) if axis_of.axis_name == "x" else axis_of.axes.set_ylim(low, high)
     if span < 2.2:
-        plain = FuncFormatter(lambda value, _: f"{value:g}")
-        axis_of.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if span > 0.5 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8), numticks=12)
-        )
-        axis_of.set_major_formatter(plain)
+        axis_of.set_major_locator(LogLocator(subs=(1, 2, 5) if span > 0.75 else (1, 1.5, 2, 3, 4, 6, 8), numticks=12))
+        axis_of.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     else:
         axis_of.set_major_locator(LogLocator(numticks=9))
     axis_of.set_minor_formatter(NullFormatter())
+
+
+def wrapped(label: str) -> str:
+    """A long word on two lines, broken after the comma nearest its middle."""
+    commas = [i for i, character in enumerate(label) if character == ","]
+    if len(label) <= 26 or not commas:
+        return label
+    middle = min(commas, key=lambda i: abs(i - len(label) / 2)) + 1
+    return f"{label[:middle]}\n{label[middle:]}"
+
+
+def _tick(value: float) -> str:
+    if 1e-3 <= value < 1e5:
+        return f"{value:g}"
+    power = math.floor(math.log10(value) + 1e-9)
+    return f"${value / 10.0**power:g}{{\\times}}10^{{{power}}}$"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -57,6 +58,10 @@ class _Refusal(click.ClickException):
 @click.version_option(package_name="gradiometer")
 def main() -> None:
     """Measure Monte-Carlo gradient estimators: bias, variance, signal-to-noise ratio, cost, and the models they train."""
+    logger = logging.getLogger("gradiometer")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(_Echo())
 
 
 @main.command("list")
@@ -307,6 +312,13 @@ def _must_exist(device: str) -> None:
 def _nearest(word: str, known: Iterable[str]) -> str:
     matches = get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+
+
+class _Echo(logging.Handler):
+    """What takes long says so on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
 
 
 class _progress:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradiometer.bench import canvas, selection
+from gradiometer.bench import canvas, figures, selection
 from gradiometer.bench.canvas import Plot
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.palette import Look
@@ -17,7 +17,7 @@ __all__ = ["against_particles", "learning_curves"]
 
 def against_particles(found: pd.DataFrame, problem: str, look: Mapping[str, Look]) -> Plot:
     """SNR against K, both logarithmic, a panel per group, with the floor and the slopes that theory names."""
-    groups = selection.group_order(found["group"])
+    groups = figures.shared_groups(found)
     figure, row = canvas.panels(groups, 0.9 + 2.7 * len(groups), 2.9, sharex=True)
     drawn: dict[str, Any] = {}
     for axes, group in zip(row, groups, strict=True):
@@ -29,12 +29,15 @@ def against_particles(found: pd.DataFrame, problem: str, look: Mapping[str, Look
         axes.set_xlim(particles[0] / 1.35, particles[-1] * 1.35)
         axes.set_xticks(particles, [f"{K:g}" for K in particles])
         axes.minorticks_off()
-        ends = of_group[["value", "low", "floor"]]
-        canvas.decades(axes.yaxis, ends[ends > 0].min().min() / 1.1, of_group["value"].max() * 1.1)
+        ends = of_group[["value", "low"]]
+        low = canvas.reaching(ends[ends > 0].min(), of_group["floor"])
+        canvas.decades(axes.yaxis, low / 1.1, of_group["value"].max() * 1.1)
         canvas.floor(axes, of_group["floor"], along="y")
         _slopes(axes, of_group)
     row[0].set_ylabel(canvas.axis("snr"))
-    figure.legend(drawn.values(), drawn, loc="outside center right", frameon=False, handlelength=2.8)
+    figure.legend(
+        drawn.values(), map(canvas.wrapped, drawn), loc="outside center right", frameon=False, handlelength=2.8
+    )
     title = f"Signal-to-noise ratio of one gradient against the number of particles: {problem}"
     figure.suptitle(title)
     caption = (
@@ -76,7 +79,9 @@ def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mappin
         axes.set(xlabel=x, ylabel=canvas.axis(metric), ylim=(low, high))
         axes.margins(x=0.02)
     row[0].set_ylabel(canvas.axis(metric))
-    figure.legend(drawn.values(), drawn, loc="outside center right", frameon=False, handlelength=2.8)
+    figure.legend(
+        drawn.values(), map(canvas.wrapped, drawn), loc="outside center right", frameon=False, handlelength=2.8
+    )
     title = f"Training: {METRICS[metric].label}, {problem}"
     figure.suptitle(title)
     seeds = sorted(set(found["seeds"].astype(int)))

@@ -6,7 +6,7 @@ import pandas as pd
 
 from gradiometer.bench import selection
 
-__all__ = ["against_particles", "by_snapshot", "cost_plane", "learning_curves"]
+__all__ = ["against_particles", "by_snapshot", "cost_plane", "learning_curves", "shared_groups"]
 
 _WHO = ["problem", "model", "label", "series", "name", "family", "K"]
 _INTERVAL = ["value", "low", "high"]
@@ -74,6 +74,12 @@ def cost_plane(rows: pd.DataFrame) -> pd.DataFrame:
         values = points.loc[best.index, "value"]
         found.loc[best.index, "front"] = (values == best) & (best != best.shift())
     return found
+
+
+def shared_groups(found: pd.DataFrame) -> list[str]:
+    """The parameter groups that at least half of the estimators have, in order: those that a figure gives a panel."""
+    counts = found.groupby("group")["label"].nunique()
+    return [group for group in selection.group_order(found["group"]) if 2 * counts[group] >= counts.max()]
 
 
 def _floors(measured: pd.DataFrame, found: pd.DataFrame) -> pd.Series:

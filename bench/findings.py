@@ -66,7 +66,7 @@ def _quietest(variance: pd.DataFrame) -> Iterator[str]:
         ranked = list(selection.records(points[points["K"] == K].sort_values(["value", "label"])))
         if len(ranked) < 2:
             continue
-        where = f"{problem}, {group} parameters, K = {K:g}"
+        where = f"{problem}, {selection.group_words(group)}, K = {K:g}"
         if noiseless := [_name(row, points) for row in ranked if row.value == 0]:
             yield f"{where}: without any noise: {', '.join(noiseless)}."
             continue
@@ -80,8 +80,12 @@ def _quietest(variance: pd.DataFrame) -> Iterator[str]:
         next_best = f" That of {apart[0][0]} is {_interval(apart[0][1])} times as large{largest}." if apart else ""
         if tied:
             names = ", ".join([best, *(name for name, _ in tied[:-1])]) + f" and {tied[-1][0]}"
-            low = "have the lowest variance and " if apart else ""
-            yield f"{where}: {names} {low}cannot be told apart (ratios up to {_interval(tied[-1][1])}).{next_best}"
+            low = "lowest " if apart else ""
+            if max(abs(one.high - 1) for _, one in tied) < 1e-3:
+                yield f"{where}: {names} have the same {low}variance (to 0.1 %).{next_best}"
+            else:
+                low = "have the lowest variance and " if apart else ""
+                yield f"{where}: {names} {low}cannot be told apart (ratios up to {_interval(tied[-1][1])}).{next_best}"
         else:
             yield f"{where}: {best} has the lowest variance.{next_best}"
 
@@ -98,6 +102,8 @@ def _flips(variance: pd.DataFrame) -> Iterator[str]:
         ):
             if not all(key in at for key in ((a, one), (b, one), (a, two), (b, two))):
                 continue
+            if not at[a, one].value > at[b, one].value or not at[a, two].value < at[b, two].value:
+                continue
             first, then = paired_ratio(at[a, one], at[b, one]), paired_ratio(at[a, two], at[b, two])
             if first and then and first.low > 1 > then.high:
                 found.append((min(math.log(first.value), -math.log(then.value)), a, b, one, two, first, then))
@@ -105,7 +111,7 @@ def _flips(variance: pd.DataFrame) -> Iterator[str]:
             _, a, b, one, two, first, then = max(found, key=lambda flip: flip[0])
             names = [_name(at[label, one], points) for label in (a, b)]
             yield (
-                f"{model}, {group} parameters: at @{one} the variance of {names[0]} is {_interval(first)} times that "
+                f"{model}, {selection.group_words(str(group))}: at @{one} the variance of {names[0]} is {_interval(first)} times that "
                 f"of {names[1]}; at @{two} it is {_interval(then)} times that."
             )
 
@@ -124,7 +130,7 @@ def _cheapest(rows: pd.DataFrame) -> Iterator[str]:
         value = second.value / best.value
         factor = math.exp(1.96 * math.hypot(best.stderr / best.value, second.stderr / second.value))
         yield (
-            f"{problem}, {group} parameters: {names[0]} makes the most of a second on this machine. {names[1]}, next, "
+            f"{problem}, {selection.group_words(group)}: {names[0]} makes the most of a second on this machine. {names[1]}, next, "
             f"needs {format_interval(value, value / factor, value * factor)} times as long for the same error."
         )
 
@@ -141,7 +147,7 @@ def _slopes(rows: pd.DataFrame) -> Iterator[str]:
             line = lines[lines["group"] == group]
             if len(line) >= 3:
                 parts.append(
-                    f"K^({_slope(line)}) for the {group} parameters (K = {line['K'].min():g} to {line['K'].max():g})"
+                    f"K^({_slope(line)}) for the {selection.group_words(group)} (K = {line['K'].min():g} to {line['K'].max():g})"
                 )
         if parts:
             yield f"{problem}: the SNR of `{series}`, its floor removed, goes as " + " and as ".join(parts) + "."
@@ -158,14 +164,14 @@ def _trained(rows: pd.DataFrame) -> Iterator[str]:
             continue
         gaps = (table[means.index[0]] - table[means.index[1]]).dropna()
         stderr = gaps.std() / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
-        separate = gaps.mean() > student(max(len(gaps) - 1, 1)) * stderr
+        half = student(max(len(gaps) - 1, 1)) * stderr
         first, second = (str(label) for label in means.index[:2])
         best = format_uncertain(float(means.iloc[0]), float(table[first].std()) / math.sqrt(len(table)))
-        verdict = "ahead of" if separate else "not separated from"
+        verdict = "ahead of" if gaps.mean() > half else "not separated from"
         yield (
             f"{problem}, trained over {len(table)} seeds: `{first}` ends with the highest "
             f"{METRICS[str(metric)].label}, {best} nats, {verdict} `{second}` "
-            f"(difference {format_uncertain(gaps.mean(), stderr)})."
+            f"(difference {format_interval(gaps.mean(), gaps.mean() - half, gaps.mean() + half)})."
         )
 
 

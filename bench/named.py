@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -29,6 +30,7 @@ from gradiometer.bench.problems import Problem
 from gradiometer.bench.training import Recipe, train
 from gradiometer.estimators.registry import configured, nearest, parse
 
+log = logging.getLogger(__name__)
 MINIBATCH_SEED = 0  # of the one minibatch a problem is measured on
 HELD_OUT = 1000  # test images on which active units and bounds are computed
 
@@ -255,11 +257,12 @@ def _snapshot(name: str, snapshot: str, reference: Reference, dataset: Dataset) 
 def _path(name: str, snapshot: str, reference: Reference, dataset: Dataset) -> Path:
     decided = [asdict(reference), asdict(PRESETS[reference.preset]), dataset.checksum, torch.__version__]
     key = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
-    return cache_folder() / "snapshots" / f"{name}@{snapshot}-{key}.safetensors"
+    return cache_folder().parent / "snapshots" / f"{name}@{snapshot}-{key}.safetensors"
 
 
 def _run_reference(name: str, reference: Reference, dataset: Dataset) -> None:
     """Train and publish all snapshots, on one thread, so that the machine's cores do not enter the numbers."""
+    log.info("training the reference run of %s once: %d steps", name, reference.recipe.steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

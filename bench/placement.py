@@ -5,11 +5,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gradiometer.bench.canvas import VEIL
+
 __all__ = ["place_labels"]
 
 _RADII = (7.0, 13.0, 21.0, 31.0, 43.0)  # points
 _SIZE = 7.0  # of the letters, in points
-_VEIL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
 _ANGLES = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 215))
 
 
@@ -60,7 +61,7 @@ def place_labels(
             ha="center",
             va="center",
             arrowprops=line,
-            bbox=_VEIL,
+            bbox=VEIL,
         )
 
 

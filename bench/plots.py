@@ -13,7 +13,7 @@ from gradiometer.bench.curves import against_particles, learning_curves
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.palette import Look, looks
 from gradiometer.bench.placement import place_labels
-from gradiometer.bench.tables import TRAINING, unit_text
+from gradiometer.bench.tables import TRAINING
 
 __all__ = ["FORMATS", "Plot", "plots", "rendered"]
 
@@ -47,7 +47,9 @@ def plots(rows: pd.DataFrame) -> list[Plot]:
 
 def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str, Look]) -> Plot:
     """A metric by estimator, a panel per group, a model's snapshots within each line."""
-    groups, snapshots = selection.group_order(found["group"]), selection.snapshot_order(found["snapshot"])
+    few = [group for group in selection.group_order(found["group"]) if group not in figures.shared_groups(found)]
+    groups, snapshots = figures.shared_groups(found), selection.snapshot_order(found["snapshot"])
+    found = found[found["group"].isin(groups)]
     order = _ranking(found, METRICS[metric].better, snapshots[-1])
     figure, row = canvas.panels(groups, 1.6 + 2.7 * len(groups), 1.1 + 0.26 * len(order), sharey=True)
     dodges = dict(zip(snapshots, np.linspace(-0.2, 0.2, len(snapshots)) if len(snapshots) > 1 else [0.0], strict=True))
@@ -64,24 +66,26 @@ def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str,
         for band in range(0, len(order), 2):
             axes.axhspan(band - 0.5, band + 0.5, color="0.96", linewidth=0, zorder=0)
         if not of_group.empty:
-            ends = of_group[["value", "low", "high", "floor"]].replace([np.inf, -np.inf], np.nan)
-            canvas.decades(axes.xaxis, ends[ends > 0].min().min(), ends.max().max())
+            ends = of_group[["value", "low", "high"]].replace([np.inf, -np.inf], np.nan)
+            low = canvas.reaching(ends[ends > 0].min(), of_group["floor"])
+            canvas.decades(axes.xaxis, low, ends.max().max())
         canvas.floor(axes, of_group["floor"], along="x")
         axes.grid(False, axis="y")
         axes.set(ylim=(len(order) - 0.5, -0.5), xlabel=canvas.axis(metric))
-    row[0].set_yticks(range(len(order)), list(order))
+    row[0].set_yticks(range(len(order)), [canvas.wrapped(label) for label in order])
     title = f"{_WORDS[metric]}: {model}"
     figure.suptitle(title)
     _legend(figure, snapshots, found, look)
     caption = f"{_READ[metric]} Bars are 95 % intervals (often smaller than the marker)."
     if len(snapshots) > 1:
         caption += f" Snapshots: {', '.join(snapshots)}, from hollow to filled. Best at @{snapshots[-1]} first."
+    caption += f" What few estimators have ({', '.join(few)} parameters) is in the tables." if few else ""
     return Plot(f"{metric}-{model}", title, caption, figure)
 
 
 def cost_plane(found: pd.DataFrame, problem: str, look: Mapping[str, Look]) -> Plot:
     """Variance against time per gradient, a panel per group, with lines of equal variance x time and Pareto front."""
-    groups = selection.group_order(found["group"])
+    groups = figures.shared_groups(found)
     wide = 3.4 if found["label"].nunique() <= 10 else 4.2
     figure, row = canvas.panels(groups, wide * len(groups), 0.95 * wide)
     for axes, group in zip(row, groups, strict=True):
@@ -90,7 +94,7 @@ def cost_plane(found: pd.DataFrame, problem: str, look: Mapping[str, Look]) -> P
             xscale="log",
             yscale="log",
             xlabel="time per gradient [s]",
-            ylabel=f"variance [{unit_text(METRICS['variance'].unit)}]",
+            ylabel=canvas.axis("variance"),
         )
         canvas.decades(axes.xaxis, points["seconds"].min() / 1.3, points["seconds"].max() * 1.3)
         canvas.decades(axes.yaxis, points["value"].min() / 1.5, points["value"].max() * 1.5)
@@ -128,7 +132,10 @@ def cost_plane(found: pd.DataFrame, problem: str, look: Mapping[str, Look]) -> P
     for axes, group in zip(row, groups, strict=True):
         points = found[found["group"] == group]
         place_labels(
-            axes, list(zip(points["seconds"], points["value"], strict=True)), points["label"].tolist(), axes.lines[-1:]
+            axes,
+            list(zip(points["seconds"], points["value"], strict=True)),
+            [canvas.wrapped(label) for label in points["label"]],
+            axes.lines[-1:],
         )
     caption = (
         "Time against variance, both logarithmic: further down and left is better. On a grey line variance × time is "
@@ -177,21 +184,25 @@ def _legend(figure: Any, snapshots: list[str], found: pd.DataFrame, look: Mappin
     from matplotlib.lines import Line2D
 
     mark: dict[str, Any] = {"marker": "o", "markersize": 5, "linestyle": "none"}
-    marks = {}
+    first, others = [], []
     for name in snapshots if len(snapshots) > 1 else []:
-        marks[f"@{name}"] = Line2D(
-            [], [], color="0.25", markerfacecolor=canvas.blended("0.25", _FILLED.get(name, 1.0)), **mark
-        )
+        fill = canvas.blended("0.25", _FILLED.get(name, 1.0))
+        first.append((f"@{name}", Line2D([], [], color="0.25", markerfacecolor=fill, **mark)))
     families = found.drop_duplicates("family").sort_values("family")
     for family, name in families[["family", "name"]].to_numpy():
         if look[name].family and len(families) > 1:
-            marks[family] = Line2D([], [], color=look[name].family, **mark)
-    if marks:
+            others.append((family, Line2D([], [], color=look[name].family, **mark)))
+    nothing = ("", Line2D([], [], linestyle="none"))
+    lines = [line for line in (first, others[:4], others[4:]) if line]
+    columns = max(map(len, lines), default=0)
+    if columns:  # matplotlib fills columns first
+        marks = [line[i] if i < len(line) else nothing for i in range(columns) for line in lines]
+        names, handles = zip(*marks, strict=True)
         figure.legend(
-            marks.values(),
-            marks,
+            handles,
+            names,
             loc="outside lower center",
-            ncols=4,
+            ncols=columns,
             frameon=False,
             columnspacing=1.2,
             handletextpad=0.3,

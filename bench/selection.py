@@ -10,6 +10,7 @@ __all__ = [
     "cost",
     "gradients",
     "group_order",
+    "group_words",
     "in_order",
     "measured",
     "problem_order",
@@ -65,6 +66,8 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
         found[name] = found[name].astype(object).where(found[name].notna(), "").astype(str)
     for name in _NUMBERS:
         found[name] = pd.to_numeric(found[name], errors="coerce").astype(float)
+    counted = found.groupby("estimator")["evaluations"].transform("first")  # an estimator's own, whatever is measured
+    found["evaluations"] = found["evaluations"].fillna(counted)
     found["seed"] = pd.to_numeric(found["seed"], errors="coerce").fillna(0).astype(int)
     found["checked"] = found["checked"].map(lambda passed: passed is True or str(passed) == "True")
     found = found[(found["tensor"] == "") & found["randomness"].isin(["estimator", ""])]
@@ -132,6 +135,11 @@ def records(frame: pd.DataFrame) -> Iterator[Any]:
 def group_order(groups: Iterable[str]) -> list[str]:
     """Parameter groups as they are shown: generative, inference, then the others by name."""
     return sorted(set(groups) - {""}, key=lambda group: (_rank(group, _GROUPS), group))
+
+
+def group_words(group: str) -> str:
+    """A parameter group in a title: ``generative parameters``, ``kernel parameters``."""
+    return f"{group.removesuffix('s')} parameters" if group else ""
 
 
 def snapshot_order(snapshots: Iterable[str]) -> list[str]:

@@ -109,7 +109,9 @@ def tables(rows: pd.DataFrame) -> list[Table]:
         of_problem = tidied[tidied["problem"] == problem]
         measured = selection.measured(of_problem)
         for group in selection.group_order(measured["group"]):
-            found.append(table_of(measured, GRADIENT, problem, group, f"gradient of the {group} parameters"))
+            found.append(
+                table_of(measured, GRADIENT, problem, group, f"gradient of the {selection.group_words(group)}")
+            )
         found.append(table_of(measured, VALUES + COST, problem, "", "objective and cost"))
         found.append(table_of(_final(selection.training(of_problem)), TRAINING, problem, "", "after training"))
         missing = tuple(
@@ -176,7 +178,7 @@ def table_of(rows: pd.DataFrame, metrics: tuple[str, ...], problem: str, group: 
 
 def _column(metric: str, of_metric: pd.DataFrame, *, ranked: bool) -> tuple[Column, dict[str, Cell]]:
     """A column and its cells by label; the winner is bold if its interval overlaps no other."""
-    rows = selection.records(of_metric)
+    rows = selection.records(of_metric[of_metric["value"].notna()])
     cells = {row.Index: Cell(float(row.value), float(row.stderr), float(row.low), float(row.high)) for row in rows}
     better = METRICS[metric].better if metric in METRICS and ranked else ""
     unit = unit_text(str(of_metric["unit"].iloc[0]))

@@ -229,6 +229,13 @@ def test_latex_is_booktabs_with_bold_winners_and_escaped_words(rows: pd.DataFram
     assert r"a\_b\%\&\#\{x\}\$\textasciicircum{}\textasciitilde{}\textbackslash{} &" in hostile
 
 
+def test_what_is_not_a_number_is_a_dash_and_counts_fill_in() -> None:
+    made = table(pd.DataFrame([bare("a", 1, 1, 1), bare("b", math.nan, 1, 1)]), "toy", "inference")
+    assert re.search(r"`b` +\| +8 \| +8 \| +– \|", typeset.markdown(made))
+    trained = bare("a", -20, -21, -19, metric="test_elbo", kind="training", group="", step=9.0, evaluations=math.nan)
+    assert table(pd.DataFrame([bare("a", 1, 1, 1), trained]), "toy", "after training").lines[0].evaluations == 8
+
+
 def test_training_tables_average_the_last_step_over_seeds(rows: pd.DataFrame) -> None:
     made = table(rows, "digits-vae", "after training")
     of = rows[(rows["metric"] == "test_iwelbo") & (rows["estimator"] == "rloo:K=8") & (rows["step"] == 3000)]["value"]
@@ -288,6 +295,18 @@ def test_only_series_with_three_k_are_drawn_against_k(rows: pd.DataFrame) -> Non
     assert set(found["series"]) == {"iwae", "dreg"}
     for _, line in found.groupby(["group", "series"]):
         assert line["K"].tolist() == list(synthetic.TOY_K)
+
+
+def test_groups_of_few_estimators_get_no_panel(few: pd.DataFrame) -> None:
+    own = few[(few["estimator"] == "nvi:levels=4,K=8") & (few["group"] == "inference")].assign(group="kernels")
+    found = figures.by_snapshot(pd.concat([few, own]), "variance")
+    vae = found[found["model"] == "digits-vae"]
+    assert set(vae["group"]) == {"generative", "inference", "kernels"}
+    assert figures.shared_groups(vae) == ["generative", "inference"]
+    plot = next(plot for plot in plots.plots(pd.concat([few, own])) if plot.name == "variance-digits-vae")
+    assert [axes.get_title() for axes in plot.figure.axes] == ["generative parameters", "inference parameters"]
+    assert "(kernels parameters) is in the tables" in plot.caption
+    assert table(pd.concat([few, own]), "digits-vae@late", "kernel parameters").lines
 
 
 def test_series_keep_their_other_parameters() -> None:
