@@ -110,9 +110,10 @@ def _flips(variance: pd.DataFrame) -> Iterator[str]:
         if found:
             _, a, b, one, two, first, then = max(found, key=lambda flip: flip[0])
             names = [_name(at[label, one], points) for label in (a, b)]
+            where = f"{model}, {selection.group_words(str(group))}"
             yield (
-                f"{model}, {selection.group_words(str(group))}: at @{one} the variance of {names[0]} is {_interval(first)} times that "
-                f"of {names[1]}; at @{two} it is {_interval(then)} times that."
+                f"{where}: at @{one} the variance of {names[0]} is {_interval(first)} times that of {names[1]}; "
+                f"at @{two} it is {_interval(then)} times that."
             )
 
 

@@ -63,7 +63,7 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     }
     found = pd.DataFrame({name: column.to_numpy() for name, column in columns.items()})
     for name in _TEXT:
-        found[name] = found[name].astype(object).where(found[name].notna(), "").astype(str)
+        found[name] = found[name].astype(object).where(found[name].notna(), _DEFAULTS[name]).astype(str)
     for name in _NUMBERS:
         found[name] = pd.to_numeric(found[name], errors="coerce").astype(float)
     counted = found.groupby("estimator")["evaluations"].transform("first")  # an estimator's own, whatever is measured

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Size, Tensor
@@ -176,7 +176,7 @@ def _dtype(q: Distribution) -> torch.dtype:
         q = q.base_dist
     if isinstance(named := getattr(q, "dtype", None), torch.dtype):  # an ancestral distribution may have no mean
         return named
-    return cast(Tensor, q.mean).dtype
+    return q.mean.dtype
 
 
 def _row(q: Distribution, axis: int, row: int) -> Distribution:
@@ -187,12 +187,13 @@ def _row(q: Distribution, axis: int, row: int) -> Distribution:
     for named, again in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
         if named in given:  # the same parameter by other names, of which a family takes one
             given = {name: value for name, value in given.items() if name not in again}
-    rows = {name: v.select(axis, row) for name, v in given.items() if isinstance(v, Tensor)}
+    rows: dict[str, Any] = {name: v.select(axis, row) for name, v in given.items() if isinstance(v, Tensor)}
     try:
-        return cast(Distribution, type(q)(**rows, validate_args=False))
+        return type(q)(**rows, validate_args=False)
     except TypeError as error:
         raise NotImplementedError(
-            f"replicates of {type(q).__name__} cannot be drawn one by one: give it a method draw(rng, particles, differentiable=...)"
+            f"replicates of {type(q).__name__} cannot be drawn one by one: "
+            "give it a method draw(rng, particles, differentiable=...)"
         ) from error
 
 

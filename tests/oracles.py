@@ -1,7 +1,7 @@
 """Exact answers that share no code with what they check: all outcomes enumerated, or expectations by Gauss-Hermite quadrature.
 
-An estimator is fed every outcome at once, as the rows of one batch ``(T, B)``, by a source of noise that hands out what it was given;
-its terms are weighted with the outcomes' probabilities. What comes out is its expectation, without statistics.
+An estimator is fed every outcome at once, as the rows of one batch ``(T, B)``, by a source of noise that hands out what it was
+given; its terms are weighted with the outcomes' probabilities. What comes out is its expectation, without statistics.
 """
 
 import itertools

@@ -412,7 +412,7 @@ class Learned(Estimator):
         )
 
     def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
-        log_p, log_q, log_w, control = self.parts(model, x, rng, state)
+        _, log_q, log_w, control = self.parts(model, x, rng, state)
         yield Surrogate({"inference": (log_w * log_q).mean(0)}, log_w)
         again = model.guide(x)  # a graph of its own: the first one is gone
         with torch.no_grad():

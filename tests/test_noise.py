@@ -43,7 +43,9 @@ def families(batch: int = B) -> dict[str, Distribution]:
         "bernoulli": Independent(Bernoulli(logits=loc), 1),
         "categorical": Independent(OneHotCategorical(logits=parameters(batch, D, 3)), 1),
         "chain": Chain(gaussian, [lambda z: factorized("gaussian", LINK(z))], [D, 2]),
-        "binary chain": Chain(Independent(Bernoulli(logits=loc), 1), [lambda z: factorized("bernoulli", TWO(z))], [D, 3]),
+        "binary chain": Chain(
+            Independent(Bernoulli(logits=loc), 1), [lambda z: factorized("bernoulli", TWO(z))], [D, 3]
+        ),
         "gamma": Independent(Gamma(width, width + 1), 1),
         "beta": Independent(Beta(width, width + 1), 1),
         "laplace": Independent(Laplace(loc, width), 1),
@@ -71,7 +73,9 @@ def batched(q: Distribution, K: int | None, replicates: range, draws: int = 2) -
     return [rng.sample(expanded, K) for _ in range(draws)]
 
 
-@pytest.mark.parametrize("replicates", [range(1), range(4), range(5, 8), range(14, 19), range(16, 32), range(30, 50), range(7, 8)], ids=str)
+@pytest.mark.parametrize(
+    "replicates", [range(1), range(4), range(5, 8), range(14, 19), range(16, 32), range(30, 50), range(7, 8)], ids=str
+)
 @pytest.mark.parametrize("K", [None, 1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_row_r_is_replicate_r(family: str, K: int | None, replicates: range) -> None:
@@ -82,7 +86,9 @@ def test_row_r_is_replicate_r(family: str, K: int | None, replicates: range) -> 
             assert agree(family, row.select(0 if K is None else 1, i), single)
 
 
-@pytest.mark.parametrize(("R", "batch", "K"), [(3, 3, 3), (3, 3, 2), (2, 3, 2), (3, 1, 3), (1, 1, 1), (16, 16, 16), (1, 4, 1)])
+@pytest.mark.parametrize(
+    ("R", "batch", "K"), [(3, 3, 3), (3, 3, 2), (2, 3, 2), (3, 1, 3), (1, 1, 1), (16, 16, 16), (1, 4, 1)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_sizes_confuse_no_axes(family: str, R: int, batch: int, K: int) -> None:
     q = families(batch)[family]
@@ -216,14 +222,18 @@ def test_holding_does_not_take_one_kind_of_noise_for_another() -> None:
 @pytest.mark.parametrize("family", ["normal", "bernoulli", "categorical", "gamma", "chain"])
 def test_a_distribution_without_a_replicate_axis_is_refused(family: str) -> None:
     q = families()[family]  # batch shape (3,), asked for four replicates
-    with pytest.raises(ValueError, match=r"no replicate axis of 4: expand the distribution to the guide's batch shape \(R, B\)"):
+    with pytest.raises(
+        ValueError, match=r"no replicate axis of 4: expand the distribution to the guide's batch shape \(R, B\)"
+    ):
         Rng(0, range(4)).sample(q)
     with pytest.raises(ValueError, match="no replicate axis of 4"):
         Rng(0, range(4)).sample(q.expand((5, B)), 2)
 
 
 def test_a_discrete_distribution_is_not_reparameterised() -> None:
-    with pytest.raises(NotImplementedError, match=r"Independent cannot be reparameterised: draw with sample\(\)|Bernoulli cannot"):
+    with pytest.raises(
+        NotImplementedError, match=r"Independent cannot be reparameterised: draw with sample\(\)|Bernoulli cannot"
+    ):
         Rng(0).rsample(families()["bernoulli"])
 
 

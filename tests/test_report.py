@@ -337,6 +337,13 @@ def test_the_pareto_front_is_what_nothing_dominates(rows: pd.DataFrame) -> None:
             assert a.front != dominated
 
 
+def test_of_two_as_quiet_only_the_faster_is_on_the_front() -> None:
+    seconds = {"metric": "seconds_per_gradient", "kind": "cost", "group": ""}
+    times = [bare("fast", 1.0, 1.0, 1.0, **seconds), bare("slow", 2.0, 2.0, 2.0, **seconds)]
+    found = figures.cost_plane(pd.DataFrame([bare("fast", 5.0, 4.0, 6.0), bare("slow", 5.0, 4.0, 6.0), *times]))
+    assert dict(found[["label", "front"]].to_numpy()) == {"fast": True, "slow": False}
+
+
 def test_looks_are_distinct_and_the_same_whatever_else_is_shown(rows: pd.DataFrame) -> None:
     from gradiometer.bench.palette import looks
 
