@@ -20,10 +20,11 @@ from gradiometer.bench.costs import cost
 from gradiometer.bench.machine import processor
 from gradiometer.bench.measurement import Engine, measure, row_of
 from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.named import fresh, held_out_of, named_problem
+from gradiometer.bench.named import digest, fresh, held_out_of, named_problem
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.statistics import jackknife
 from gradiometer.bench.training import Recipe, train
+from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import parse
 from gradiometer.estimators.weights import log_mean_exp
@@ -31,8 +32,10 @@ from gradiometer.estimators.weights import log_mean_exp
 # What can change a number: these modules, the estimator's own and what its words name. Comments do not count.
 FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
 HARNESS = (
-    "bench.gradients", "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs",
-    "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys",
+    "bench.gradients",
+    "bench.outer", "bench.outer", "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs",
+    "bench.statistics", "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys",
+    "bench.models.protocol",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EVALUATION_PARTICLES = 64
@@ -66,14 +69,17 @@ class Cell:
     def key(self) -> str:
         """The hash of everything that can change the cell's numbers."""
         decided: dict[str, Any] = {"cell": asdict(self), "torch": torch.__version__}
-        modules = [type(parse(word)).__module__ for word in (self.estimator, self.reference) if word]
+        classes = [type(parse(word)) for word in (self.estimator, self.reference) if word]
+        modules = dict.fromkeys(
+            base.__module__ for cls in classes for base in cls.__mro__ if issubclass(base, Estimator)
+        )
         decided["sources"] = [_source(f"gradiometer.{name}") for name in (*FLOORS, *HARNESS)] + [
             _source(m) for m in modules
         ]
         decided["metrics"] = {name: metric.version for name, metric in METRICS.items()}
         if self.kind == "training":
             model, dataset = fresh(self.problem, self.seed)
-            decided["problem"] = [repr(model), dataset.checksum]
+            decided["problem"] = [repr(model), dataset.checksum, digest(model, held_out_of(dataset))]
         else:
             decided["problem"] = named_problem(self.problem, self.batch).about["digest"]
         if self.kind in ("cost", "training"):  # seconds belong to a machine
@@ -93,6 +99,16 @@ class Cell:
         }
         torch.set_num_threads(self.threads)
         return [self.about() | row for row in makers[self.kind](self)]
+
+    def attempt(self) -> tuple[list[dict[str, Any]], str, str]:
+        """The cell's rows, "ok" or "failed", and why: whatever it raises, a cell that fails is a row."""
+        try:
+            return self.run(), "ok", ""
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if not isinstance(error, ValueError | RuntimeError):
+                reason = f"{type(error).__name__}: {reason}"
+            return self.without_numbers("failed", reason), "failed", reason
 
     def about(self) -> dict[str, Any]:
         """The columns that every row of the cell shares, known before it runs."""

@@ -55,7 +55,7 @@ class _Refusal(click.ClickException):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="gradiometer")
+@click.version_option(package_name="gradiometer", prog_name="gradiometer")
 def main() -> None:
     """Measure Monte-Carlo gradient estimators: bias, variance, signal-to-noise ratio, cost, and the models they train."""
     logger = logging.getLogger("gradiometer")
@@ -65,14 +65,17 @@ def main() -> None:
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(THINGS), required=False)
+@click.argument("what", metavar=f"[{'|'.join(THINGS)}]", required=False)
 @PLUGIN
 def list_(what: str | None, plugins: tuple[str, ...]) -> None:
     """Show what there is to measure."""
+    if what and what not in THINGS:
+        raise RequestError(f"nothing to list is called {what!r}{_nearest(what, THINGS)}")
+    _load(plugins)
     for thing in [what] if what else THINGS:
         if not what:
             click.secho(thing, bold=True)
-        for name, summary in _listed(thing, plugins):
+        for name, summary in _listed(thing):
             click.echo(f"  {name:<24}{summary}" if not what else f"{name:<24}{summary}")
 
 
@@ -131,7 +134,7 @@ def run(
 @click.option(
     "--batch", type=click.IntRange(min=1), default=20, show_default=True, help="Data points in the minibatch."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--reference", metavar="WORD", default="", help="The estimator whose mean gradient `cosine` refers to.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also keep the rows in this folder.")
@@ -154,6 +157,8 @@ def measure(
     for name in metrics:
         if name not in METRICS:
             raise RequestError(f"unknown metric {name!r}{_nearest(name, METRICS)}")
+        if name.startswith("test_"):
+            raise RequestError(f"{name} is measured along training: run a suite with a [[training]] block")
     from gradiometer.bench.cells import Cell
     from gradiometer.bench.named import parse_problem
 
@@ -184,6 +189,7 @@ def compare(folders: tuple[Path, ...], metric: str, baseline: str) -> None:
     if metric not in METRICS:
         raise RequestError(f"unknown metric {metric!r}{_nearest(metric, METRICS)}")
     rows = pd.concat([store.load(folder) for folder in folders], ignore_index=True)
+    rows = rows.drop_duplicates(["cell", "group", "metric", "step"])  # of a cell that several folders hold
     _console().print(table(ratios(rows, metric, baseline), metric, baseline))
 
 
@@ -198,7 +204,9 @@ def report(folder: Path, formats: str) -> None:
     rows = store.load(folder)
     if rows.empty:
         raise RequestError(f"{folder} holds no finished cells yet: run the suite first")
-    written = reports.write(rows, folder, [word for word in formats.split(",") if word], store.machine(folder))
+    written = reports.write(
+        rows, folder, [word.strip() for word in formats.split(",") if word.strip()], store.machine(folder)
+    )
     click.echo(f"{len(written)} files; open {folder / 'report.html'}" if "html" in formats else f"{len(written)} files")
 
 
@@ -222,7 +230,7 @@ def data(names: tuple[str, ...]) -> None:
     raise SystemExit(1 if refused else 0)
 
 
-def _listed(thing: str, plugins: Iterable[str]) -> Iterable[tuple[str, str]]:
+def _listed(thing: str) -> Iterable[tuple[str, str]]:
     if thing == "metrics":
         from gradiometer.bench.metrics import METRICS
 
@@ -234,8 +242,11 @@ def _listed(thing: str, plugins: Iterable[str]) -> Iterable[tuple[str, str]]:
     if thing == "estimators":
         from gradiometer.estimators.registry import catalogue
 
-        _load(plugins)
-        return [(name, (cls.__doc__ or "").splitlines()[0]) for name, cls in catalogue().items()]
+        try:
+            known = catalogue()
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        return [(name, _first_line(cls)) for name, cls in known.items()]
     if thing == "suites":
         from gradiometer.bench import suite as suites
 
@@ -243,13 +254,16 @@ def _listed(thing: str, plugins: Iterable[str]) -> Iterable[tuple[str, str]]:
     from gradiometer.bench.named import REFERENCES, TOYS
 
     trained = [(f"{name}@{{init,early,late}}", ref.summary) for name, ref in REFERENCES.items()]
-    return trained + [(name, (toy.__doc__ or "").splitlines()[0]) for name, toy in TOYS.items()]
+    return trained + [(name, _first_line(toy)) for name, toy in TOYS.items()]
+
+
+def _first_line(thing: Any) -> str:
+    return ((thing.__doc__ or "").strip().splitlines() or [""])[0]
 
 
 def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> None:
     from gradiometer.bench import machine, store, terminal
     from gradiometer.bench.efficiency import with_products
-    from gradiometer.bench.replicates import Failure
 
     if out is not None:
         store.open_for_writing(out)
@@ -258,10 +272,7 @@ def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> No
         if (reason := cell.reason_to_skip()) is not None:
             made = cell.without_numbers("skipped", reason)
         else:
-            try:
-                made = cell.run()
-            except (Failure, ArithmeticError, NotImplementedError) as error:
-                made = cell.without_numbers("failed", str(error))
+            made, _, _ = cell.attempt()
         if out is not None:
             store.write_cell(out, cell.key, made, machine.describe())
         rows += made
@@ -304,13 +315,13 @@ def _must_exist(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()  # the device `meta` can be named, and holds no numbers
     except (RuntimeError, AssertionError):
         raise RequestError(f"this machine has no device {device!r}; --device cpu works everywhere") from None
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    matches = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    matches = get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
 
 

@@ -54,7 +54,7 @@ def _ratios(measured: pd.DataFrame, baseline: str) -> Iterator[Ratio]:
     for (problem, group), cells in measured.groupby(["problem", "group"], sort=False):
         bases = cells[cells["estimator"] == baseline]
         for _, row in cells[cells["estimator"] != baseline].iterrows():
-            for _, base in bases.iterrows():
+            for _, base in bases[bases["B"] == row["B"]].iterrows():
                 if row["digest"] != base["digest"]:
                     raise RequestError(
                         f"{problem} stands for different parameters or data in these results (other snapshots): rerun one"
@@ -64,7 +64,9 @@ def _ratios(measured: pd.DataFrame, baseline: str) -> Iterator[Ratio]:
                 if row["value"] > 0 and base["value"] > 0:
                     paired = all(row[c] == base[c] for c in SAME_NOISE) and isinstance(row["jackknife"], list)
                     value = ratio(_value(row), _value(base)) if paired else _independent(row, base)
-                    yield Ratio(str(problem), str(group), row["estimator"], int(row["K"]), row["evaluations"], value, paired)
+                    yield Ratio(
+                        str(problem), str(group), row["estimator"], int(row["K"]), row["evaluations"], value, paired
+                    )
 
 
 def _value(row: Any) -> Value:

@@ -31,6 +31,7 @@ from gradiometer.bench.training import settled
 from gradiometer.estimators.base import Estimator
 
 Engine = Literal["auto", "rows", "loop"]
+PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
 
 
 @dataclass(frozen=True)
@@ -205,20 +206,22 @@ def measure(
                 group: _direction({n: sums[n].mean(half) for n in members}) for group, members in groups.items()
             }
         found: list[dict[str, Tensor]] = []
+        aside: list[dict[str, Tensor]] = []
+        left = max(PROJECTED, len(shard) // 8) if number >= half else 0
         for draw in draws(chosen, estimator, counted, x, seed, state, parameters, shard, size):
             must_be_finite(draw, shard)
             for name, gradient in draw.gradients.items():
                 sums[name].fold(number, gradient)
-            found.append(
-                per_replicate(estimator, draw.log_w) | projected(draw, groups, directions if number >= half else None)
-            )
-        together = {key: torch.cat([f[key] for f in found]).double().cpu().numpy() for key in found[0]}
-        for key in ("objective", "elbo", "iwelbo", "ess"):
-            if key in together:
-                samples.setdefault(key, []).append(together[key])
-        if number >= half:
+            found.append(per_replicate(estimator, draw.log_w))
+            if left > 0 and directions is not None:
+                aside.append(projected(draw, groups, directions, left))
+                left -= len(next(iter(aside[-1].values())))
+        for name, values in _together(found).items():
+            samples.setdefault(name, []).append(values)
+        if aside:
+            values_of = _together(aside)
             for group in groups:
-                projections[group].append((together[f"along {group}"], together[f"squared {group}"]))
+                projections[group].append((values_of[f"along {group}"], values_of[f"squared {group}"]))
     return Measurement(
         problem,
         estimator,
@@ -253,6 +256,10 @@ def _reference_directions(
         group: _direction({name: means.get(name, torch.zeros_like(p).double()) for name, p in members.items()})
         for group, members in parameters.items()
     }
+
+
+def _together(parts: list[dict[str, Tensor]]) -> dict[str, Array]:
+    return {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
 
 
 def _stacked(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradiometer.bench.outer import Outer
 from gradiometer.estimators.noise import BLOCK
 
 SHARDS = 16
@@ -29,7 +30,7 @@ def shards(replicates: int) -> list[range]:
     """
     if replicates < 4:
         raise ValueError(f"an error bar needs at least 4 replicates, not {replicates}")
-    number = min(SHARDS, replicates // 2)
+    number = min(SHARDS, max(4, replicates // 2))  # 4, so that each half of them has one to leave out
     unit = BLOCK if replicates >= 2 * BLOCK * number else 1
     edges = [round(i * replicates / number / unit) * unit for i in range(number)] + [replicates]
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
@@ -93,14 +94,25 @@ class Accumulator:
         self.first = torch.zeros(number, *shape, dtype=dtype, device=device)
         self.second = torch.zeros(number, *shape, dtype=dtype, device=device)
 
-    def fold(self, shard: int, gradients: Tensor) -> None:
+    def fold(self, shard: int, gradients: Tensor | Outer) -> None:
         """Add the replicates ``[r, *shape]`` to `shard`."""
+        self.count[shard] += len(gradients)
+        if isinstance(gradients, Outer):
+            if self.pilot is None:
+                self.pilot = gradients[:BLOCK].sum() / len(gradients[:BLOCK])
+            first, second = gradients.deviations(self.pilot)
+            self.first[shard] += first
+            self.second[shard] += second
+            return
         if self.pilot is None:
             self.pilot = gradients[:BLOCK].mean(0)
         deviations = gradients - self.pilot
-        self.count[shard] += len(gradients)
-        self.first[shard] += deviations.sum(0)
-        self.second[shard] += deviations.square_().sum(0)
+        if len(gradients) == 1:
+            self.first[shard].add_(deviations[0])
+            self.second[shard].addcmul_(deviations[0], deviations[0])
+        else:
+            self.first[shard] += deviations.sum(0)
+            self.second[shard] += deviations.square_().sum(0)
 
     def mean(self, upto: int) -> Tensor:
         """The mean over the shards before `upto`, in the parameter's shape."""

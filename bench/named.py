@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +22,8 @@ from torch import Tensor, nn
 from gradiometer.bench.data import Dataset, load
 from gradiometer.bench.data.files import cache_folder
 from gradiometer.bench.errors import RequestError
-from gradiometer.bench.models.toys import BernoulliToy, FunctionToy, GaussianToy
-from gradiometer.bench.models.vae import PRESETS, VAE, Architecture
+from gradiometer.bench.models.settings import TOYS
+from gradiometer.bench.models.vae import PRESETS, VAE
 from gradiometer.bench.problems import Problem
 from gradiometer.bench.training import Recipe, train
 from gradiometer.estimators.registry import configured, nearest, parse
@@ -78,80 +76,6 @@ REFERENCES = MappingProxyType(
 )
 
 
-class Toy(Protocol):
-    """Settings of a problem that needs no training."""
-
-    def build(self) -> tuple[nn.Module, Tensor]:
-        """The model at its parameters, and all its data ``[N, D]``."""
-
-
-@dataclass(frozen=True)
-class GaussianSetting:
-    """Rainforth et al.'s Gaussian toy, each parameter tensor at `distance` from its optimum."""
-
-    units: int = 20
-    distance: float = 0.1
-    data: int = 1024
-
-    def build(self) -> tuple[nn.Module, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        mu = torch.randn(self.units, generator=generator)
-        x = mu + math.sqrt(2) * torch.randn(self.data, self.units, generator=generator)
-        model = GaussianToy(self.units)
-        model.place(x, self.distance, generator)
-        return model, x
-
-
-@dataclass(frozen=True)
-class BernoulliSetting:
-    """``E[(b - p0)^2]`` of one Bernoulli, ascended, with respect to its logit."""
-
-    p0: float = 0.499
-    logit: float = 0.5
-
-    def build(self) -> tuple[nn.Module, Tensor]:
-        return BernoulliToy(self.p0, self.logit), torch.ones(1, 1)
-
-
-@dataclass(frozen=True)
-class FunctionSetting:
-    """``E[f(z)]`` under ``N(mu, sigma^2)``, with respect to mu and sigma (Mohamed et al. 2020)."""
-
-    function: Literal["quadratic", "exponential", "cosine"] = "quadratic"
-    k: float = 0.5
-    mu: float = 1.0
-    sigma: float = 1.0
-
-    def build(self) -> tuple[nn.Module, Tensor]:
-        return FunctionToy(self.function, self.k, self.mu, self.sigma), torch.ones(1, 1)
-
-
-@dataclass(frozen=True)
-class EnumerableSetting:
-    """A binary VAE small enough to enumerate: 6 pixels, 3 latents, at random parameters."""
-
-    scale: float = 1.0
-
-    def build(self) -> tuple[nn.Module, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = VAE(Architecture(data=6, hidden=(4,), latent=(3,), kind="bernoulli"))
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.copy_(self.scale * torch.randn_like(parameter))
-            return model, torch.bernoulli(torch.full((64, 6), 0.4))
-
-
-TOYS: MappingProxyType[str, type[Any]] = MappingProxyType(
-    {
-        "gaussian-toy": GaussianSetting,
-        "bernoulli-toy": BernoulliSetting,
-        "function-toy": FunctionSetting,
-        "enumerable-vae": EnumerableSetting,
-    }
-)
-
-
 @dataclass(frozen=True)
 class Name:
     """A problem's word, taken apart."""
@@ -169,14 +93,17 @@ def parse_problem(word: str) -> Name:
         RequestError: one sentence with the nearest valid word.
     """
     rest, at, snapshot = word.partition("@")
-    name, _, settings = rest.partition(":")
+    name, colon, settings = rest.partition(":")
+    if colon and not settings:
+        raise RequestError(f"{word!r} has a colon and no option after it: leave it out")
     if name in TOYS:
         if at:
             raise RequestError(f"{name} is not trained, so it has no snapshot {snapshot!r}: leave out '@{snapshot}'")
         try:
             configured(TOYS[name], name, settings)
         except ValueError as error:
-            raise RequestError(str(error)) from None
+            said = str(error)
+            raise RequestError(f"{name} {said}" if said.startswith("needs") else said) from None
         return Name(word, name, settings, "")
     if name not in REFERENCES:
         raise RequestError(f"unknown problem {name!r}{nearest(name, [*REFERENCES, *TOYS])}")
@@ -220,7 +147,7 @@ def named_problem(word: str, batch: int = 20) -> Problem:
         about = {"model": parts.name, "dataset": dataset.name, "snapshot": parts.snapshot}
     if len(x) < batch:
         raise RequestError(f"{parts.name} has {len(x)} data points, fewer than a batch of {batch}")
-    about["digest"] = _digest(model, x, held_out)
+    about["digest"] = digest(model, x, held_out)
     return Problem(model, x, size, word, held_out, about)
 
 
@@ -246,12 +173,16 @@ def _architecture(reference: Reference, dataset: Dataset) -> VAE:
 
 
 def _snapshot(name: str, snapshot: str, reference: Reference, dataset: Dataset) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = _path(name, snapshot, reference, dataset)
     if not path.is_file():
         _run_reference(name, reference, dataset)
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        raise RequestError(f"the snapshot {path} is damaged: delete it to have it trained again") from None
 
 
 def _path(name: str, snapshot: str, reference: Reference, dataset: Dataset) -> Path:
@@ -290,7 +221,7 @@ def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
         ) from None
 
 
-def _digest(model: nn.Module, x: Tensor, held_out: Tensor | None) -> str:
+def digest(model: nn.Module, x: Tensor, held_out: Tensor | None = None) -> str:
     """The hash of everything a measurement reads of a problem."""
     found = hashlib.sha256()
     for name, tensor in [*sorted(model.state_dict().items()), ("x", x), ("held_out", held_out)]:

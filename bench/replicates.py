@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradiometer.bench.gradients import Draw, NotRows, one, rows
+from gradiometer.bench.gradients import Draw, NotRows, factors, one, rows
+from gradiometer.bench.outer import Outer
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
 from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
@@ -64,7 +65,7 @@ def draws(
     if engine == "rows":
         for start in range(shard.start, shard.stop, size):
             replicates = range(start, min(start + size, shard.stop))
-            yield rows(estimator, model, x, Rng(seed, replicates, "measure", x.device), state, parameters)
+            yield factors(estimator, model, x, Rng(seed, replicates, "measure", x.device), state, parameters)
         return
     held: dict[int, tuple[int, Tensor]] = {}
     for replicate in shard:
@@ -74,8 +75,10 @@ def draws(
 
 
 def must_be_finite(draw: Draw, shard: range) -> None:
+    """Raise `Failure` if a gradient is not finite; of factors, both are looked at."""
     for name, gradient in draw.gradients.items():
-        if not gradient.isfinite().all():
+        parts = (gradient.inputs, gradient.cotangents) if isinstance(gradient, Outer) else (gradient,)
+        if not all(part.isfinite().all() for part in parts):
             raise Failure(
                 f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}"
             )
@@ -94,15 +97,24 @@ def per_replicate(estimator: Estimator, log_w: Tensor | None) -> dict[str, Tenso
     return {name: value.mean(-1) for name, value in values.items()}
 
 
-def projected(draw: Draw, groups: Mapping[str, tuple[str, ...]], directions: Any) -> dict[str, Tensor]:
-    if directions is None:
-        return {}
+def projected(
+    draw: Draw, groups: Mapping[str, tuple[str, ...]], directions: Mapping[str, Mapping[str, Tensor]], first: int
+) -> dict[str, Tensor]:
+    """Inner products with the groups' directions, and squared norms, of the `first` replicates of a draw, ``[r]`` each."""
     found = {}
     for group, members in groups.items():
-        pairs = [(draw.gradients[name].flatten(1).double(), directions[group][name]) for name in members]
-        found[f"along {group}"] = torch.stack([g @ u.flatten() for g, u in pairs]).sum(0)
-        found[f"squared {group}"] = torch.stack([g.square().sum(1) for g, _ in pairs]).sum(0)
+        pairs = [_projection(draw.gradients[name][:first], directions[group][name]) for name in members]
+        found[f"along {group}"] = torch.stack([along for along, _ in pairs]).sum(0)
+        found[f"squared {group}"] = torch.stack([squared for _, squared in pairs]).sum(0)
     return found
+
+
+def _projection(gradients: Tensor | Outer, direction: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(gradients, Outer):
+        along, squared = gradients.projections(direction.to(gradients.inputs.dtype))
+        return along.double(), squared.double()
+    flat = gradients.flatten(1)
+    return (flat @ direction.flatten().to(flat.dtype)).double(), flat.square().sum(1).double()
 
 
 def active_units(model: Any, x: Tensor) -> int:

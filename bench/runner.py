@@ -126,15 +126,7 @@ def _start(plugins: list[str]) -> None:
 def _work(cell: Cell, folder: Path) -> Outcome:
     """In a worker: run one cell and publish what came of it."""
     began = time.perf_counter()
-    status, reason = "ok", ""
-    try:
-        rows = cell.run()
-    except Exception as error:  # a cell that fails is a row, whatever it raised
-        said = str(error).splitlines()
-        status, reason = "failed", said[0] if said else type(error).__name__
-        if not isinstance(error, ValueError | RuntimeError):
-            reason = f"{type(error).__name__}: {reason}"
-        rows = cell.without_numbers(status, reason)
+    rows, status, reason = cell.attempt()
     store.write_cell(folder, cell.key, rows, machine.describe())
     return Outcome(cell, status, reason, time.perf_counter() - began)
 

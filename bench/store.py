@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -15,6 +16,7 @@ from gradiometer.bench.errors import RequestError
 if TYPE_CHECKING:
     import pandas as pd
 
+log = logging.getLogger(__name__)
 SCHEMA = 1
 COLUMNS = (
     "suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "digest", "step", "seconds",
@@ -69,15 +71,23 @@ def open_for_writing(folder: Path) -> None:
 
 
 def publish(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON so that a reader sees all of it or nothing, whenever the writer is killed."""
+    """Write JSON so that a reader sees all of it or nothing, whenever the writer is killed.
+
+    Raises:
+        RequestError: the disk is full, or the folder is gone.
+    """
     text = json.dumps(_plain(content), indent=1, allow_nan=False)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text + "\n")
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise RequestError(f"{path} cannot be written: {error.strerror}") from None
         raise
 
 
@@ -90,12 +100,26 @@ def write_cell(folder: Path, key: str, rows: list[dict[str, Any]], manifest: Map
 
 
 def read_cell(folder: Path, key: str) -> dict[str, Any] | None:
-    """The record of a cell, or None if there is none, or none that this version reads."""
+    """The record of a cell, or None if there is none, or a file that is no such record.
+
+    Raises:
+        RequestError: another version wrote it; it is left alone.
+    """
+    path = folder / "cells" / f"{key}.json"
     try:
-        record: dict[str, Any] = json.loads((folder / "cells" / f"{key}.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return record if record.get("schema_version") == SCHEMA else None
+    if not isinstance(record, dict) or "schema_version" not in record:
+        return None
+    if record["schema_version"] != SCHEMA:
+        raise RequestError(
+            f"{path} has schema version {record['schema_version']}, and this gradiometer reads version {SCHEMA}: "
+            "use the gradiometer that wrote it, or another folder"
+        )
+    parts = {"manifest": dict, "shared": dict, "rows": list}
+    whole = all(isinstance(record.get(part), kind) for part, kind in parts.items()) and record["rows"]
+    return record if whole else None
 
 
 def write_index(folder: Path, suite: str, title: str, description: str, keys: Iterable[str]) -> None:
@@ -109,14 +133,19 @@ def index(folder: Path) -> dict[str, Any]:
     Raises:
         RequestError: the folder holds no results.
     """
+    path = folder / "suite.json"
     try:
-        found: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise RequestError(
             f"{folder} holds no results (no suite.json in it): name the folder that `gradiometer run` wrote"
         ) from None
-    except (json.JSONDecodeError, OSError) as error:
-        raise RequestError(f"{folder / 'suite.json'} cannot be read: {error}") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        found = None
+    if not (isinstance(found, dict) and isinstance(found.get("suite"), str) and isinstance(found.get("cells"), list)):
+        raise RequestError(f"{path} is damaged: run the suite again to have it written anew; finished cells are kept")
     return found
 
 
@@ -132,13 +161,23 @@ def load(folder: Path) -> pd.DataFrame:
 
     about = index(folder)
     rows: list[dict[str, Any]] = []
+    missing = 0
     for key in about["cells"]:
         record = read_cell(folder, key)
-        if record is not None:
+        if record is None:
+            missing += 1
+        else:
             shared = {"suite": about["suite"], "cell": key, "manifest": record["manifest"].get("date", "")} | record[
                 "shared"
             ]
             rows += [shared | row for row in record["rows"]]
+    if missing:
+        log.info(
+            "%d of %d cells in %s are missing or damaged: run the suite again to add them",
+            missing,
+            len(about["cells"]),
+            folder,
+        )
     return with_products(frame(rows)) if rows else pd.DataFrame(columns=list(COLUMNS))
 
 

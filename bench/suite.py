@@ -37,20 +37,22 @@ ProblemWord = Annotated[str, AfterValidator(_problem)]
 VaeWord = Annotated[str, AfterValidator(_vae)]
 Positive = Annotated[int, Field(ge=1)]
 Some = Field(min_length=1)
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Block(BaseModel):
     """One grid of cells."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    K: list[Positive] | None = None
+    K: Annotated[list[Positive], Some] | None = None
     batch: Positive = 20
-    time_limit: Annotated[float, Field(gt=0)] = 3600.0
+    time_limit: Amount = 3600.0  # seconds
 
     @model_validator(mode="after")
     def _particles_once(self) -> Block:
         for word in getattr(self, "estimators", []) if self.K else []:
-            if "K=" in word:
+            if any(setting.startswith("K=") for setting in word.partition(":")[2].split(",")):
                 raise ValueError(f"K is given twice: by the key K and by the word {word!r}")
         return self
 
@@ -77,7 +79,7 @@ class CostBlock(Block):
 
     problems: Annotated[list[ProblemWord], Some]
     estimators: Annotated[list[str], Some]
-    seconds: Annotated[float, Field(gt=0)] = 0.5
+    seconds: Amount = 0.5
 
 
 class TrainingBlock(Block):
@@ -85,11 +87,15 @@ class TrainingBlock(Block):
 
     problems: Annotated[list[VaeWord], Some]
     estimators: Annotated[list[str], Some]
-    seeds: Annotated[list[int], Some] = [0]
+    seeds: Annotated[list[Seed], Some] = [0]
     batch: Positive = 100
     steps: Positive
     every: Positive
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Amount = 1e-3
+
+
+BLOCKS: dict[str, type[Block]] = {"gradient": GradientBlock, "cost": CostBlock, "training": TrainingBlock}
+_HEADER = re.compile(r"\s*\[\[?\s*[\w.]+\s*\]\]?\s*(#|$)")
 
 
 class Suite(BaseModel):
@@ -98,8 +104,8 @@ class Suite(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     title: str
     description: str = ""
-    seed: int = 0
-    threads: Positive = 1
+    seed: Seed = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     gradient: list[GradientBlock] = []
     cost: list[CostBlock] = []
     training: list[TrainingBlock] = []
@@ -115,7 +121,12 @@ class Suite(BaseModel):
     def _grid(self, device: str) -> Iterator[tuple[Block, Cell]]:
         shared: dict[str, Any] = {"device": device, "threads": self.threads}
         for g in self.gradient:
-            of: dict[str, Any] = {"replicates": g.replicates, "reference": g.reference, "engine": g.engine, "dtype": g.dtype}
+            of: dict[str, Any] = {
+                "replicates": g.replicates,
+                "reference": g.reference,
+                "engine": g.engine,
+                "dtype": g.dtype,
+            }
             for problem in g.problems:
                 for word in g.words(g.estimators):
                     yield g, Cell("gradient", problem, word, g.batch, self.seed, **of, **shared)
@@ -151,7 +162,7 @@ def read(word: str, settings: Sequence[str] = ()) -> tuple[str, Suite]:
         path = Path(word)
         if not path.is_file():
             raise RequestError(f"no suite file {path}")
-        text, where, name = path.read_text(encoding="utf-8"), str(path), path.stem
+        text, where, name = _text(path), str(path), path.stem
     elif word in names():
         text, where, name = (
             (files("gradiometer.bench") / "suites" / f"{word}.toml").read_text("utf-8"),
@@ -164,13 +175,21 @@ def read(word: str, settings: Sequence[str] = ()) -> tuple[str, Suite]:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RequestError(f"{where} is not TOML: {error}") from None
-    for setting in settings:
-        _override(content, setting)
-    return name, validated(content, text, where)
+    given = [_override(content, setting) for setting in settings]
+    return name, validated(content, text, where, given)
 
 
-def validated(content: dict[str, Any], text: str, where: str) -> Suite:
-    """The suite in parsed TOML `content`; `text` and `where` are for messages.
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise RequestError(f"{path} is not TOML: it is not text in UTF-8") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def validated(content: dict[str, Any], text: str, where: str, given: Sequence[str] = ()) -> Suite:
+    """The suite in parsed TOML `content`; `text`, `where` and the keys `given` on the command line are for messages.
 
     Raises:
         RequestError: all that is wrong, with file and line.
@@ -181,7 +200,7 @@ def validated(content: dict[str, Any], text: str, where: str) -> Suite:
             kind, i = _place(suite, number)
             _words(block, (kind, i, "estimators"), text, where)
     except ValidationError as error:
-        raise RequestError("; ".join(_sentence(e, text, where) for e in error.errors())) from None
+        raise RequestError("; ".join(dict.fromkeys(_sentence(e, text, where, given) for e in error.errors()))) from None
     if not (suite.gradient or suite.cost or suite.training):
         raise RequestError(f"{where} asks for nothing: add a [[gradient]], [[training]] or [[cost]] block")
     return suite
@@ -197,54 +216,78 @@ def _place(suite: Suite, number: int) -> tuple[str, int]:
 
 
 def _words(block: Any, location: tuple[str | int, ...], text: str, where: str) -> None:
-    try:
-        block.words(block.estimators)
-    except ValueError as error:
-        raise RequestError(f"{where}, line {line_of(location, text)}: {error}") from None
+    for word in block.estimators:
+        try:
+            block.words([word])
+        except ValueError as error:
+            raise RequestError(f"{where}, line {line_of(location, text, word)}: {error}") from None
 
 
-def _override(content: dict[str, Any], setting: str) -> None:
-    key, equals, value = setting.partition("=")
+def _override(content: dict[str, Any], setting: str) -> str:
+    """Set a key in every block that can have it; returns the key."""
+    key, equals, value = (part.strip() for part in setting.partition("="))
     if not equals:
         raise RequestError(f"--set {setting} should read key=value, as in --set replicates=256")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value
-    places = [
-        (kind, model) for kind, model in (("gradient", GradientBlock), ("cost", CostBlock), ("training", TrainingBlock))
-    ]
-    hit = key in Suite.model_fields and key not in ("gradient", "cost", "training")
+    of_suite = [field for field in Suite.model_fields if field not in BLOCKS]
+    known = dict.fromkeys([*of_suite, *(field for model in BLOCKS.values() for field in model.model_fields)])
+    if key not in known:
+        raise RequestError(f"--set: no key {key!r}{nearest(key, list(known))}")
+    hit = key in of_suite
     if hit:
         content[key] = parsed
-    for kind, model in places:
-        if key in model.model_fields:
-            for block in content.get(kind, []):
+    for kind, model in BLOCKS.items():
+        blocks = content.get(kind, [])
+        for block in blocks if key in model.model_fields and isinstance(blocks, list) else []:
+            if isinstance(block, dict):
                 block[key], hit = parsed, True
     if not hit:
-        known = [*Suite.model_fields, *(field for _, model in places for field in model.model_fields)]
-        raise RequestError(f"--set: no key {key!r}{nearest(key, list(dict.fromkeys(known)))}")
+        raise RequestError(f"--set {key}: no block of this suite has such a key")
+    return key
 
 
-def _sentence(error: Any, text: str, where: str) -> str:
+_SHOULD = {  # what pydantic finds, in our words
+    "list_type": "should be a list, in square brackets",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "finite_number": "should be a finite number",
+    "string_type": "should be text, in quotes",
+    "too_short": "should not be empty",
+    "greater_than": "should be more than {gt:g}",
+    "greater_than_equal": "should be at least {ge}",
+    "less_than": "should be less than {lt}",
+    "less_than_equal": "should be at most {le}",
+    "literal_error": "should be {expected}",
+}
+
+
+def _sentence(error: Any, text: str, where: str, given: Sequence[str]) -> str:
     location: tuple[str | int, ...] = error["loc"]
-    path = ".".join(str(part) for part in location)
+    path, kind, value = ".".join(str(part) for part in location), str(error["type"]), error.get("input")
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        models: dict[str, type[BaseModel]] = {"gradient": GradientBlock, "cost": CostBlock, "training": TrainingBlock}
-        known = models.get(str(location[0]), Suite) if len(location) > 1 else Suite
+    if kind == "extra_forbidden":
+        known = BLOCKS.get(str(location[0]), Suite) if len(location) > 1 else Suite
         message = f"unknown key{nearest(str(location[-1]), list(known.model_fields))}"
-    elif error["type"] == "missing":
+    elif kind == "missing":
         message = "this key is missing"
-    elif (
-        "input" in error and not isinstance(error["input"], dict | list) and not message.startswith(("unknown", "no "))
-    ):
-        message = f"{message[0].lower()}{message[1:]}, not {error['input']!r}"
-    return f"{where}, line {line_of(location, text)}: {path}: {message}"
+    elif str(location[0]) in BLOCKS and len(location) <= 2 and kind in ("list_type", "model_type"):
+        message = f"should be a block: write [[{location[0]}]] on a line of its own"
+    elif kind in _SHOULD:
+        message = _SHOULD[kind].format(**error.get("ctx", {}))
+        if not isinstance(value, dict | list):
+            message += f", not {value!r}"
+    if key := next((part for part in location[:3] if part in given), None):
+        return f"--set {key}: {message}"
+    item = value if isinstance(location[-1], int) and len(location) > 2 else None
+    return f"{where}, line {line_of(location, text, item)}: {path}: {message}"
 
 
-def line_of(location: Sequence[str | int], text: str) -> int:
-    """The line of a key that `tomllib` has lost: the key's line within its block, or the block's own."""
+def line_of(location: Sequence[str | int], text: str, item: Any = None) -> int:
+    """The line of a key that `tomllib` has lost: that of `item` in the key's list, the key's in its block, or the block's own."""
     lines = text.splitlines()
     start, stop = 0, len(lines)
     parts = list(location)
@@ -252,10 +295,24 @@ def line_of(location: Sequence[str | int], text: str) -> int:
         headers = [i for i, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{re.escape(str(parts[0]))}\s*\]\]", line)]
         if parts[1] < len(headers):
             start = headers[parts[1]]
-            stop = next((i for i in range(start + 1, len(lines)) if lines[i].lstrip().startswith("[")), len(lines))
-            stop = next((i for i in range(start + 1, stop) if re.match(r"\s*\[\[", lines[i])), stop)
-        parts = parts[2:]
+            stop = next((i for i in range(start + 1, len(lines)) if _HEADER.match(lines[i])), len(lines))
+            parts = parts[2:]
     for i in range(start, stop):
-        if parts and re.match(rf"\s*{re.escape(str(parts[0]))}\s*=", lines[i]):
-            return i + 1
+        if parts and re.match(rf"\s*(\[+\s*)?{re.escape(str(parts[0]))}\s*[=\]]", lines[i]):
+            return _line_of_item(lines, i, stop, item) + 1
     return start + 1
+
+
+def _line_of_item(lines: Sequence[str], start: int, stop: int, item: Any) -> int:
+    """The first line of a key's value that holds `item`, or the key's own."""
+    if item is None:
+        return start
+    shown = (
+        rf"""["']{re.escape(item)}["']""" if isinstance(item, str) else rf"(?<![\w.]){re.escape(str(item))}(?![\w.])"
+    )
+    for i in range(start, stop):
+        if i > start and re.match(r"\s*\w+\s*=", lines[i]):
+            break
+        if re.search(shown, lines[i]):
+            return i
+    return start

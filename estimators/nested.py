@@ -2,8 +2,9 @@
 
     gamma_k(z; x) = q_0(z|x)^(1 - beta_k) p(x, z)^beta_k,   k = 1..levels,   beta_1 = 0,   beta_levels = 1
 
-Notation, as in Zimmermann et al. 2021: ``a = log gamma_{k-1}(z_{k-1})``, ``t = log gamma_k(z_k)``, ``r`` and ``q`` the log densities of
-the reverse and forward kernels, ``log v = t + r - a - q``; ``W_{k-1}`` and ``W_k`` the normalised weights before and after level k.
+Notation, as in Zimmermann et al. 2021: ``a = log gamma_{k-1}(z_{k-1})``, ``t = log gamma_k(z_k)``, ``r`` and ``q`` the log
+densities of the reverse and forward kernels, ``log v = t + r - a - q``; ``W_{k-1}`` and ``W_k`` the normalised weights before
+and after level k.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Noise as an argument: the same seed gives the same draws in a loop, in a batch, in any chunk size.
 
-The noise of replicate ``r`` depends on the seed, the stream, ``r`` and the ordinal of the draw, and on nothing else. A generator per
-replicate would cost more than a replicate, so generators are keyed by fixed blocks of `BLOCK` replicates, and a chunk takes
-the rows it needs from the blocks it touches.
+The noise of replicate ``r`` depends on the seed, the stream, ``r`` and the ordinal of the draw, and on nothing else. A
+generator per replicate would cost more than a replicate, so generators are keyed by fixed blocks of `BLOCK` replicates,
+and a chunk takes the rows it needs from the blocks it touches.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ class Rng:
 
     Args:
         seed: the user's seed.
-        replicates: one index (draws have the distribution's own batch shape), or a range (the last-but-one batch axis of every
-            distribution drawn from is then the replicate axis, ``(R, B)``, and row ``i`` gets the noise of replicate ``replicates[i]``).
+        replicates: one index (draws have the distribution's own batch shape), or a range (the last-but-one batch axis of
+            every distribution drawn from is then the replicate axis, ``(R, B)``, and row ``i`` gets the noise of replicate
+            ``replicates[i]``).
         stream: separates uses that must not share noise ("measure", "settle", "train").
         block: replicates that share a generator; 1 where replicates are never batched, so that no draw is wasted.
         held: a dictionary that a loop over replicates hands to each of its sources, so that a block is drawn once and not
             once per replicate.
-        device: where draws are returned. They are made on the CPU and in float32, so that every device and dtype sees the same noise.
+        device: where draws are returned. They are made on the CPU and in float32, so that every device and dtype sees the
+            same noise.
 
     Example:
         >>> q = Normal(torch.zeros(3, 2), torch.ones(3, 2))

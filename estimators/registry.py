@@ -39,7 +39,12 @@ def catalogue() -> dict[str, type[Estimator]]:
         if module.name not in _STAIRS:
             importlib.import_module(f"gradiometer.estimators.{module.name}")
     for point in entry_points(group="gradiometer.estimators"):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:
+            raise ValueError(
+                f"the estimators of the installed package {point.value} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
     return dict(sorted(_REGISTRY.items()))
 
 
@@ -59,9 +64,10 @@ def load_plugin(path: str | Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ValueError(f"the plugin {path} cannot be loaded: {type(error).__name__}: {error}") from error
+        said = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"the plugin {path} cannot be loaded: {type(error).__name__}: {said}") from error
 
 
 def parse(word: str) -> Estimator:
@@ -74,7 +80,9 @@ def parse(word: str) -> Estimator:
         >>> parse("rloo:K=8")
         RLOO(K=8)
     """
-    name, _, settings = word.partition(":")
+    name, colon, settings = word.partition(":")
+    if colon and not settings:
+        raise ValueError(f"{word!r} ends in its colon: write {name}, or options after it, as in {name}:K=8")
     known = _REGISTRY if name in _REGISTRY else catalogue()
     if name not in known:
         raise ValueError(f"unknown estimator {name!r}{nearest(name, list(known))}")
@@ -89,7 +97,7 @@ def configured(cls: type[T], name: str, settings: str) -> T:
     """
     types, values = get_type_hints(cls), {}
     options = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for setting in filter(None, settings.split(",")):
+    for setting in settings.split(",") if settings else []:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ValueError(f"{setting!r} in {name}:{settings} should read key=value")
@@ -123,5 +131,6 @@ def _convert(text: str, kind: object, what: str) -> object:
 
 def nearest(word: str, known: list[str]) -> str:
     """The end of a sentence about an unknown word: the nearest known one, or all of them."""
-    matches = get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+    by_lower = {name.lower(): name for name in known}  # papers write DReG, and so do people
+    matches = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[matches[0]]!r}?" if matches else f"; known: {', '.join(known)}"

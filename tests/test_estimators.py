@@ -23,7 +23,14 @@ from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import catalogue, parse
 from gradiometer.estimators.reparameterization import SGVBA, STL
 from gradiometer.estimators.score_function import RLOO, Reinforce
-from gradiometer.estimators.weights import log_mean_exp_of_others, log_mean_exp_with, mean_of_others
+from gradiometer.estimators.weights import (
+    effective_sample_size,
+    log_mean_exp,
+    log_mean_exp_of_others,
+    log_mean_exp_with,
+    mean_of_others,
+    normalized,
+)
 
 EXACT = 1e-9  # what enumeration leaves of an unbiased estimator
 BIASED = 1e-2  # and what a planted mistake leaves at least
@@ -246,6 +253,10 @@ def test_the_hand_formulas_of_weights() -> None:
         replaced = x.clone()
         replaced[k] = 0.3 * x[k]
         assert torch.allclose(log_mean_exp_with(x, 0.3 * x)[k], replaced.exp().mean(0).log())
+    assert torch.allclose(log_mean_exp(x), x.exp().mean(0).log())
+    assert torch.allclose(normalized(x), x.exp() / x.exp().sum(0))
+    assert torch.allclose(effective_sample_size(x), x.exp().sum(0) ** 2 / (x.exp() ** 2).sum(0))
+    assert torch.equal(log_mean_exp_with(x[:1], 0.3 * x[:1]), 0.3 * x[:1])
     huge = torch.tensor([[900.0], [-900.0], [0.0]]).double()
     assert torch.equal(log_mean_exp_of_others(huge)[:, 0].round(), torch.tensor([-1.0, 899, 899]).double())
 
@@ -451,6 +462,22 @@ def test_closed_form_and_sampled_divergence_agree_and_the_first_is_quieter() -> 
     assert worst < 5
     for group in ("generative", "inference"):
         assert closed.metrics(group)["variance"].value <= sampled.metrics(group)["variance"].value * 1.0001
+
+
+def test_measured_bounds_are_the_closed_form() -> None:
+    toy = gaussian_toy()
+    A, b = (p.detach().numpy() for p in (toy.encoder.weight, toy.encoder.bias))
+    mu, x = toy.mu.weight.detach().numpy()[:, 0], X.double().numpy()
+    m, s2, D = x @ A.T + b, 2 / 3, 2
+    entropy = D / 2 * math.log(2 * math.pi * math.e * s2)
+    fits = -0.5 * ((x - m) ** 2).sum(1) - 0.5 * ((m - mu) ** 2).sum(1) - D * s2 - D * math.log(2 * math.pi)
+    evidence = (-((x - mu) ** 2) / 4 - 0.5 * math.log(4 * math.pi)).sum(1).mean()
+    found = {K: measure(Problem(toy, X), parse(f"iwae:K={K}"), replicates=4096).values() for K in (1, 64)}
+    assert abs(found[1]["elbo"].value - (fits + entropy).mean()) < 5 * found[1]["elbo"].stderr
+    assert found[1]["elbo"].value == found[1]["iwelbo"].value
+    assert found[1]["elbo"].value < found[64]["iwelbo"].value - 5 * found[64]["iwelbo"].stderr
+    assert evidence - 0.2 < found[64]["iwelbo"].value < evidence
+    assert abs(found[64]["elbo"].value - (fits + entropy).mean()) < 5 * found[64]["elbo"].stderr
 
 
 def test_values_do_not_depend_on_the_estimator() -> None:

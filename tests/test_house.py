@@ -29,6 +29,7 @@ BENCH_STAIRS = (
     {"errors"},
     {"data", "metrics", "statistics", "machine"},
     {"models"},
+    {"outer"},
     {"moments", "gradients"},
     {"problems", "training", "replicates"},
     {"measurement", "costs", "named"},
