@@ -183,8 +183,9 @@ def _weighted(
         for column in (columns.generative, columns.pathwise, columns.score)
     )
     outputs = [output for _, _, output in tape.of_group("generative", calls[of_guide:])]
-    # A layer called without particles sums over them, so its rows cannot be weighted afterwards.
-    by_particle = [output for output in outputs if output.dim() > log_p.dim()]
+    # A layer called without particles sums over them, and one with an inner axis has rows of its own: neither can be
+    # weighted afterwards.
+    by_particle = [output for output in outputs if output.shape[:-1] == log_p.shape]
     slopes = _grad(log_p.sum(), [*by_particle, at] if b is not None else by_particle)
     plain = {id(output): slope for output, slope in zip(by_particle, slopes, strict=False)}
 

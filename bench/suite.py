@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gradiometer.bench.cells import Cell
+from gradiometer.bench.complaints import line_of, sentence
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.named import REFERENCES, parse_problem
 from gradiometer.estimators.registry import nearest, parse
@@ -95,7 +95,6 @@ class TrainingBlock(Block):
 
 
 BLOCKS: dict[str, type[Block]] = {"gradient": GradientBlock, "cost": CostBlock, "training": TrainingBlock}
-_HEADER = re.compile(r"\s*\[\[?\s*[\w.]+\s*\]\]?\s*(#|$)")
 
 
 class Suite(BaseModel):
@@ -140,6 +139,9 @@ class Suite(BaseModel):
             for problem in c.problems:
                 for word in c.words(c.estimators):
                     yield c, Cell("cost", problem, word, c.batch, self.seed, seconds=c.seconds, **shared)
+
+
+MODELS: dict[str, type[BaseModel]] = {**BLOCKS, "": Suite}
 
 
 def names() -> list[str]:
@@ -200,7 +202,9 @@ def validated(content: dict[str, Any], text: str, where: str, given: Sequence[st
             kind, i = _place(suite, number)
             _words(block, (kind, i, "estimators"), text, where)
     except ValidationError as error:
-        raise RequestError("; ".join(dict.fromkeys(_sentence(e, text, where, given) for e in error.errors()))) from None
+        raise RequestError(
+            "; ".join(dict.fromkeys(sentence(e, MODELS, text, where, given) for e in error.errors()))
+        ) from None
     if not (suite.gradient or suite.cost or suite.training):
         raise RequestError(f"{where} asks for nothing: add a [[gradient]], [[training]] or [[cost]] block")
     return suite
@@ -247,72 +251,3 @@ def _override(content: dict[str, Any], setting: str) -> str:
     if not hit:
         raise RequestError(f"--set {key}: no block of this suite has such a key")
     return key
-
-
-_SHOULD = {  # what pydantic finds, in our words
-    "list_type": "should be a list, in square brackets",
-    "int_type": "should be a whole number",
-    "int_from_float": "should be a whole number",
-    "float_type": "should be a number",
-    "finite_number": "should be a finite number",
-    "string_type": "should be text, in quotes",
-    "too_short": "should not be empty",
-    "greater_than": "should be more than {gt:g}",
-    "greater_than_equal": "should be at least {ge}",
-    "less_than": "should be less than {lt}",
-    "less_than_equal": "should be at most {le}",
-    "literal_error": "should be {expected}",
-}
-
-
-def _sentence(error: Any, text: str, where: str, given: Sequence[str]) -> str:
-    location: tuple[str | int, ...] = error["loc"]
-    path, kind, value = ".".join(str(part) for part in location), str(error["type"]), error.get("input")
-    message = error["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        known = BLOCKS.get(str(location[0]), Suite) if len(location) > 1 else Suite
-        message = f"unknown key{nearest(str(location[-1]), list(known.model_fields))}"
-    elif kind == "missing":
-        message = "this key is missing"
-    elif str(location[0]) in BLOCKS and len(location) <= 2 and kind in ("list_type", "model_type"):
-        message = f"should be a block: write [[{location[0]}]] on a line of its own"
-    elif kind in _SHOULD:
-        message = _SHOULD[kind].format(**error.get("ctx", {}))
-        if not isinstance(value, dict | list):
-            message += f", not {value!r}"
-    if key := next((part for part in location[:3] if part in given), None):
-        return f"--set {key}: {message}"
-    item = value if isinstance(location[-1], int) and len(location) > 2 else None
-    return f"{where}, line {line_of(location, text, item)}: {path}: {message}"
-
-
-def line_of(location: Sequence[str | int], text: str, item: Any = None) -> int:
-    """The line of a key that `tomllib` has lost: that of `item` in the key's list, the key's in its block, or the block's own."""
-    lines = text.splitlines()
-    start, stop = 0, len(lines)
-    parts = list(location)
-    if len(parts) >= 2 and isinstance(parts[1], int):
-        headers = [i for i, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{re.escape(str(parts[0]))}\s*\]\]", line)]
-        if parts[1] < len(headers):
-            start = headers[parts[1]]
-            stop = next((i for i in range(start + 1, len(lines)) if _HEADER.match(lines[i])), len(lines))
-            parts = parts[2:]
-    for i in range(start, stop):
-        if parts and re.match(rf"\s*(\[+\s*)?{re.escape(str(parts[0]))}\s*[=\]]", lines[i]):
-            return _line_of_item(lines, i, stop, item) + 1
-    return start + 1
-
-
-def _line_of_item(lines: Sequence[str], start: int, stop: int, item: Any) -> int:
-    """The first line of a key's value that holds `item`, or the key's own."""
-    if item is None:
-        return start
-    shown = (
-        rf"""["']{re.escape(item)}["']""" if isinstance(item, str) else rf"(?<![\w.]){re.escape(str(item))}(?![\w.])"
-    )
-    for i in range(start, stop):
-        if i > start and re.match(r"\s*\w+\s*=", lines[i]):
-            break
-        if re.search(shown, lines[i]):
-            return i
-    return start

@@ -34,7 +34,7 @@ BENCH_STAIRS = (
     {"problems", "training", "replicates"},
     {"measurement", "costs", "named"},
     {"cells"},
-    {"suite"},
+    {"suite", "complaints"},
     {"efficiency"},
     {"store"},
     {"runner", "compare"},

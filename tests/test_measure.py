@@ -301,6 +301,27 @@ def test_a_layer_without_a_replicate_axis_is_measured_by_the_loop() -> None:
     assert m.engine == "loop"
 
 
+class PerPixel(Shifted):
+    """A layer that is called on every pixel, so that its rows have an axis more than replicates and data."""
+
+    groups = {"generative": ("context",), "inference": ("encoder",)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.context, self.encoder = nn.Linear(1, 1), nn.Linear(2, 2)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        return -0.5 * (z**2 + (self.context(x.unsqueeze(-1)).squeeze(-1) - z) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize(("B", "K"), [(3, 2), (2, 2), (4, 4), (2, 1)])
+def test_a_layer_with_an_axis_of_its_own_is_measured_by_the_loop(B: int, K: int) -> None:
+    with pytest.warns(UserWarning, match="one replicate at a time"):
+        m = measure(Problem(PerPixel(), data(B, 2).float()), parse(f"iwae:K={K}"), replicates=8)
+    assert m.engine == "loop"
+    assert np.abs(m.mean["context.weight"]).max() > 0
+
+
 def columns(signal: Tensor) -> Coefficients:
     return Coefficients(generative=torch.full_like(signal, 1 / len(signal)), score=signal / len(signal))
 
