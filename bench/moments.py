@@ -99,7 +99,7 @@ class Accumulator:
         self.count[shard] += len(gradients)
         if isinstance(gradients, Outer):
             if self.pilot is None:
-                self.pilot = gradients[:BLOCK].sum() / len(gradients[:BLOCK])
+                self.pilot = gradients[:BLOCK].mean()
             first, second = gradients.deviations(self.pilot)
             self.first[shard] += first
             self.second[shard] += second
@@ -113,6 +113,10 @@ class Accumulator:
         else:
             self.first[shard] += deviations.sum(0)
             self.second[shard] += deviations.square_().sum(0)
+
+    def finite(self, shard: int) -> bool:
+        """Whether every gradient folded into `shard` was finite: a sum of squares forgets no NaN."""
+        return bool(self.second[shard].sum().isfinite())
 
     def mean(self, upto: int) -> Tensor:
         """The mean over the shards before `upto`, in the parameter's shape."""

@@ -1,7 +1,7 @@
 """Gradients of a linear layer's weight for many replicates, kept as the factors of their outer products.
 
-Replicate r's gradient is ``D_r^T A_r``, from the layer's inputs A and the gradients D of its outputs. A sum over replicates, a
-projection, a norm and a second moment all come from the factors; the ``[replicates, out, in]`` array is never made.
+Replicate r's gradient is ``D_r^T A_r``, from the layer's inputs A and the gradients D of its outputs. Sums over replicates,
+projections, norms and second moments all come from the factors; the ``[replicates, out, in]`` array is never made.
 """
 
 from __future__ import annotations
@@ -11,72 +11,102 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CANCELLED = 1e-2  # a second moment about the pilot smaller than this part of the raw one has lost digits
+CANCELLED = 1e-2  # a second moment smaller than this part of the terms it is made of has lost digits
 
 
 @dataclass(frozen=True)
 class Outer:
-    """Gradients ``sum_n cotangents[r, n] (outer) inputs[r, n]`` of replicates r; shapes ``[r, n, in]``, ``[r, n, out]``."""
+    """Gradients ``sum_n cotangents[r, n] (outer) inputs[r, n]`` of replicates r; shapes ``[r, n, in]``, ``[r, n, out]``.
+
+    Inputs ``[1, n, in]`` are the same for all replicates, as a guide's are, which sees the data and no noise.
+    """
 
     inputs: Tensor
     cotangents: Tensor
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(self.cotangents)
+
+    def __getitem__(self, replicates: slice) -> Outer:
+        return Outer(self.inputs if self.shared else self.inputs[replicates], self.cotangents[replicates])
 
     def __add__(self, other: Outer) -> Outer:
         """The sum of two calls' gradients: their rows side by side."""
-        return Outer(
-            torch.cat([self.inputs, other.inputs], 1),
-            torch.cat([self.cotangents, other.cotangents], 1),
-        )
+        rows = [g.inputs.expand(len(self), -1, -1) for g in (self, other)]
+        return Outer(torch.cat(rows, 1), torch.cat([self.cotangents, other.cotangents], 1))
 
-    def __getitem__(self, replicates: slice) -> Outer:
-        return Outer(self.inputs[replicates], self.cotangents[replicates])
+    @property
+    def shared(self) -> bool:
+        """Whether all replicates have the same inputs."""
+        return len(self.inputs) == 1
 
     def dense(self) -> Tensor:
         """The gradients themselves, ``[r, out, in]``."""
-        return torch.bmm(self.cotangents.mT, self.inputs)
+        return self.cotangents.mT @ self.inputs
 
-    def sum(self) -> Tensor:
+    def mean(self) -> Tensor:
         """Over replicates, ``[out, in]``: one matrix product."""
-        return self.cotangents.flatten(0, 1).T @ self.inputs.flatten(0, 1)
+        if self.shared:
+            return self.cotangents.mean(0).T @ self.inputs[0]
+        return self.cotangents.flatten(0, 1).T @ self.inputs.flatten(0, 1) / len(self)
 
     def projections(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Inner products with a direction ``[out, in]`` and squared norms, each ``[r]``."""
         rows, (wide, tall) = self.inputs.shape[1], (self.inputs.shape[-1], self.cotangents.shape[-1])
         if rows * (wide + tall) <= wide * tall:
-            along = torch.einsum("rno,rno->r", self.inputs @ direction.T, self.cotangents)
-            grams = torch.bmm(self.inputs, self.inputs.mT), torch.bmm(self.cotangents, self.cotangents.mT)
-            return along, torch.einsum("rnm,rnm->r", *grams)
+            along = (self.inputs @ direction.T * self.cotangents).sum((1, 2))
+            return along, (self.inputs @ self.inputs.mT * (self.cotangents @ self.cotangents.mT)).sum((1, 2))
         flat, pairs = direction.flatten(), []
-        for A, D in zip(self.inputs, self.cotangents, strict=True):
+        for A, D in zip(self.inputs.expand(len(self), -1, -1), self.cotangents, strict=True):
             gradient = (D.T @ A).flatten()
             pairs.append(torch.stack([gradient @ flat, gradient @ gradient]))
-        return tuple(torch.stack(pairs, 1))  # type: ignore[return-value]
+        along, squared = torch.stack(pairs, 1)
+        return along, squared
 
     def deviations(self, pilot: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over replicates of deviations from `pilot` and of their squares, ``[out, in]`` each."""
-        if self.inputs.shape[1] == 1:
-            total = self.sum()
-            return total - len(self) * pilot, self._second_of_single_rows(pilot, total)
+        rows, wide = self.inputs.shape[1:]
+        if self.shared and rows * (wide + len(self)) < wide * len(self):
+            return self._by_quadratic_forms(pilot)
+        if rows == 1 and not self.shared:
+            return self._by_squares(pilot)
+        return self._one_by_one(pilot)
+
+    def _one_by_one(self, pilot: Tensor) -> tuple[Tensor, Tensor]:
         first, second, deviation = torch.zeros_like(pilot), torch.zeros_like(pilot), torch.empty_like(pilot)
-        for A, D in zip(self.inputs, self.cotangents, strict=True):
+        for A, D in zip(self.inputs.expand(len(self), -1, -1), self.cotangents, strict=True):
             torch.addmm(pilot, D.T, A, beta=-1, out=deviation)
             first.add_(deviation)
             second.addcmul_(deviation, deviation)
         return first, second
 
-    def _second_of_single_rows(self, pilot: Tensor, total: Tensor) -> Tensor:
-        """One row per replicate: the squares of outer products are outer products of squares, so one product makes all.
+    def _by_squares(self, pilot: Tensor) -> tuple[Tensor, Tensor]:
+        """One row per replicate: squares of outer products are outer products of squares, so one product makes all.
 
-        The pilot's part is then subtracted, and output units in which that has cancelled are made again the long way.
+        The pilot's part is then subtracted; where that cancels, the output unit is made again from its deviations.
         """
         A, D = self.inputs.flatten(0, 1), self.cotangents.flatten(0, 1)
-        raw = D.square().T @ A.square()
-        second = raw - pilot * (2 * total - len(self) * pilot)
-        lost = (second < CANCELLED * raw).any(1).nonzero().flatten()
+        total, raw = D.T @ A, D.square().T @ A.square()
+        first = total - len(self) * pilot
+        second = raw - pilot * (total + first)
+        self._mend(second, raw, pilot)
+        return first, second
+
+    def _by_quadratic_forms(self, pilot: Tensor) -> tuple[Tensor, Tensor]:
+        """The same inputs for all replicates: ``sum_r (D_r^T A)^2`` needs only, per unit, ``sum_r D_r D_r^T``, n x n."""
+        A, mean = self.inputs[0], self.cotangents.mean(0)  # [n, in], [n, out]
+        centred = (self.cotangents - mean).permute(2, 1, 0)  # [out, n, r]
+        forms = centred @ centred.mT  # [out, n, n]
+        spread, terms = torch.empty_like(pilot), forms.diagonal(dim1=1, dim2=2) @ A.square()
+        for unit, form in enumerate(forms):  # all at once would hold [out, n, in]
+            torch.sum(torch.mul(form @ A, A), 0, out=spread[unit])
+        off = mean.T @ A - pilot
+        first, second = len(self) * off, spread + len(self) * off.square()
+        self._mend(second, terms + len(self) * off.square(), pilot)
+        return first, second
+
+    def _mend(self, second: Tensor, terms: Tensor, pilot: Tensor) -> None:
+        """Make those output units again, one replicate after the other, whose second moments have cancelled."""
+        lost = (second < CANCELLED * terms).any(1).nonzero().flatten()
         if len(lost):
-            deviations = D[:, lost, None] * A[:, None, :] - pilot[lost]  # [r, lost, in]
-            second[lost] = deviations.square_().sum(0)
-        return second
+            second[lost] = Outer(self.inputs, self.cotangents[..., lost])._one_by_one(pilot[lost])[1]

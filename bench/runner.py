@@ -111,7 +111,12 @@ def _outcome(future: Future[Outcome], cell: Cell, limit: float, folder: Path) ->
     except FutureTimeout:
         reason = f"it took longer than its time limit of {limit:g} s"
     except ProcessExpired as error:
-        reason = f"its process died (exit code {error.exitcode}): out of memory, most likely"
+        killed = error.exitcode == -signal.SIGKILL
+        reason = (
+            "its process was killed: out of memory, most likely"
+            if killed
+            else f"its process died (exit code {error.exitcode})"
+        )
     store.write_cell(folder, cell.key, cell.without_numbers("failed", reason), machine.describe())
     return Outcome(cell, "failed", reason)
 

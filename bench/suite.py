@@ -200,7 +200,7 @@ def validated(content: dict[str, Any], text: str, where: str, given: Sequence[st
         suite = Suite.model_validate(content)
         for number, block in enumerate([*suite.gradient, *suite.training, *suite.cost]):
             kind, i = _place(suite, number)
-            _words(block, (kind, i, "estimators"), text, where)
+            _words(block, (kind, i, "estimators"), text, where, given)
     except ValidationError as error:
         raise RequestError(
             "; ".join(dict.fromkeys(sentence(e, MODELS, text, where, given) for e in error.errors()))
@@ -219,12 +219,13 @@ def _place(suite: Suite, number: int) -> tuple[str, int]:
     raise IndexError(number)
 
 
-def _words(block: Any, location: tuple[str | int, ...], text: str, where: str) -> None:
+def _words(block: Any, location: tuple[str | int, ...], text: str, where: str, given: Sequence[str]) -> None:
     for word in block.estimators:
         try:
             block.words([word])
         except ValueError as error:
-            raise RequestError(f"{where}, line {line_of(location, text, word)}: {error}") from None
+            at = "--set estimators" if "estimators" in given else f"{where}, line {line_of(location, text, word)}"
+            raise RequestError(f"{at}: {error}") from None
 
 
 def _override(content: dict[str, Any], setting: str) -> str:

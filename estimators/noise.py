@@ -156,7 +156,7 @@ class Rng:
         with torch.random.fork_rng(devices=[]):
             for row, replicate in enumerate(indices):
                 torch.manual_seed(self._key(-1 - replicate))
-                part = q if single else _row(q, len(q.batch_shape) - 2, row)
+                part = q if single else rebuilt(q, lambda v, row=row: v.select(len(q.batch_shape) - 2, row))
                 shape = Size(() if particles is None else (particles,))
                 draws.append(part.rsample(shape) if differentiable else part.sample(shape))
         self._ordinal += 1
@@ -181,17 +181,21 @@ def _dtype(q: Distribution) -> torch.dtype:
     return q.mean.dtype
 
 
-def _row(q: Distribution, axis: int, row: int) -> Distribution:
-    """Row `row` of a distribution's batch axis `axis`, for any family that is rebuilt from its constrained arguments."""
+def rebuilt(q: Distribution, change: Callable[[Tensor], Tensor]) -> Distribution:
+    """The distribution of the same family with `change` applied to each of its parameters.
+
+    Raises:
+        NotImplementedError: the family is not built from its constrained arguments.
+    """
     if isinstance(q, Independent):
-        return Independent(_row(q.base_dist, axis, row), q.reinterpreted_batch_ndims)
+        return Independent(rebuilt(q.base_dist, change), q.reinterpreted_batch_ndims)
     given = {name: getattr(q, name) for name in q.arg_constraints}
     for named, again in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
         if named in given:  # the same parameter by other names, of which a family takes one
             given = {name: value for name, value in given.items() if name not in again}
-    rows: dict[str, Any] = {name: v.select(axis, row) for name, v in given.items() if isinstance(v, Tensor)}
+    changed: dict[str, Any] = {name: change(v) for name, v in given.items() if isinstance(v, Tensor)}
     try:
-        return type(q)(**rows, validate_args=False)
+        return type(q)(**changed, validate_args=False)
     except TypeError as error:
         raise NotImplementedError(
             f"replicates of {type(q).__name__} cannot be drawn one by one: "
@@ -199,4 +203,4 @@ def _row(q: Distribution, axis: int, row: int) -> Distribution:
         ) from error
 
 
-__all__ = ["BLOCK", "Ancestral", "Rng"]
+__all__ = ["BLOCK", "Ancestral", "Rng", "rebuilt"]

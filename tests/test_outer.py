@@ -73,3 +73,34 @@ def test_a_planted_mutation_is_seen(rows, mutation):
         inputs, cotangents = inputs[:-1], cotangents[:-1]
     _, second = Outer(inputs, cotangents).deviations(pilot)
     assert not torch.allclose(second, ((dense - pilot) ** 2).sum(0), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [(1, 7, 5), (4, 30, 40), (20, 8, 5)])
+def test_inputs_shared_by_all_replicates(size):
+    rows, wide, tall = size
+    alone, shared = factors(rows, wide, tall), factors(rows, wide, tall)
+    shared = Outer(shared.inputs[:1], shared.cotangents)
+    alone = Outer(shared.inputs.repeat(len(alone), 1, 1), alone.cotangents)
+    dense = multiplied_out(alone)
+    pilot, direction = dense[:16].mean(0) + 0.1, torch.randn(dense.shape[1:], dtype=torch.float64)
+    for found, wanted in (
+        (shared.dense(), dense),
+        (shared.mean(), dense.mean(0)),
+        ((shared + shared).dense(), 2 * dense),
+        (shared[3:9].dense(), dense[3:9]),
+        (torch.stack(shared.deviations(pilot)), torch.stack([(dense - pilot).sum(0), ((dense - pilot) ** 2).sum(0)])),
+        (shared.projections(direction)[0], (dense * direction).sum((1, 2))),
+        (shared.projections(direction)[1], dense.square().sum((1, 2))),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+
+
+def test_shared_inputs_whose_contributions_cancel_keep_their_variance_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    base, noise = torch.randn(1, 6, 30, generator=generator), torch.randn(512, 3, 4, generator=generator)
+    inputs = base.clone()
+    inputs[:, 3:] = base[:, :3] + 1e-4 * base[:, 3:]  # rows in pairs, nearly equal, with opposite gradients
+    g = Outer(inputs, torch.cat([noise, -noise], 1))
+    pilot = torch.zeros(4, 30)
+    _, second = g.deviations(pilot)
+    torch.testing.assert_close(second.double(), multiplied_out(g).square().sum(0), rtol=2e-2, atol=0)
