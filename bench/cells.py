@@ -33,7 +33,8 @@ from gradiometer.estimators.weights import log_mean_exp
 FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
 HARNESS = (
     "bench.gradients",
-    "bench.outer", "bench.outer", "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs",
+    "bench.outer",
+    "bench.batched", "bench.outer", "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs",
     "bench.statistics", "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys",
     "bench.models.protocol",
 )  # fmt: skip

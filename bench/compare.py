@@ -62,7 +62,8 @@ def _ratios(measured: pd.DataFrame, baseline: str) -> Iterator[Ratio]:
                 if row["version"] != base["version"]:
                     raise RequestError(f"{row['metric']} was redefined between these results: rerun the older one")
                 if row["value"] > 0 and base["value"] > 0:
-                    paired = all(row[c] == base[c] for c in SAME_NOISE) and isinstance(row["jackknife"], list)
+                    shards = [len(r["jackknife"]) if isinstance(r["jackknife"], list) else 0 for r in (row, base)]
+                    paired = all(row[c] == base[c] for c in SAME_NOISE) and shards[0] == shards[1] > 0
                     value = ratio(_value(row), _value(base)) if paired else _independent(row, base)
                     yield Ratio(
                         str(problem), str(group), row["estimator"], int(row["K"]), row["evaluations"], value, paired

@@ -18,11 +18,11 @@ from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.moments import Accumulator, Array, Moments, shards
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.replicates import (
+    Failure,
     active_units,
     choose,
     chunk_size,
     draws,
-    must_be_finite,
     per_replicate,
     projected,
 )
@@ -209,13 +209,16 @@ def measure(
         aside: list[dict[str, Tensor]] = []
         left = max(PROJECTED, len(shard) // 8) if number >= half else 0
         for draw in draws(chosen, estimator, counted, x, seed, state, parameters, shard, size):
-            must_be_finite(draw, shard)
             for name, gradient in draw.gradients.items():
                 sums[name].fold(number, gradient)
             found.append(per_replicate(estimator, draw.log_w))
             if left > 0 and directions is not None:
                 aside.append(projected(draw, groups, directions, left))
                 left -= len(next(iter(aside[-1].values())))
+        for name, accumulator in sums.items():
+            if not accumulator.finite(number):
+                last = shard.stop - 1
+                raise Failure(f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {last}")
         for name, values in _together(found).items():
             samples.setdefault(name, []).append(values)
         if aside:

@@ -138,9 +138,8 @@ def named_problem(word: str, batch: int = 20) -> Problem:
         size, held_out = len(data), None
     else:
         reference = REFERENCES[parts.name]
-        dataset = load(reference.dataset)
-        model = _architecture(reference, dataset)
-        model.load_state_dict(_snapshot(parts.name, parts.snapshot, reference, dataset))
+        model, dataset = fresh(parts.name, reference.recipe.seed)
+        _restore(model, parts, reference, dataset)
         generator = torch.Generator().manual_seed(MINIBATCH_SEED)
         x = dataset.batch(torch.randperm(len(dataset.train), generator=generator)[:batch], generator)
         size, held_out = len(dataset.train), held_out_of(dataset)
@@ -172,16 +171,17 @@ def _architecture(reference: Reference, dataset: Dataset) -> VAE:
     return VAE(PRESETS[reference.preset], dataset.train.mean(0))
 
 
-def _snapshot(name: str, snapshot: str, reference: Reference, dataset: Dataset) -> dict[str, Tensor]:
+def _restore(model: nn.Module, parts: Name, reference: Reference, dataset: Dataset) -> None:
+    """Give `model` the parameters of a snapshot."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = _path(name, snapshot, reference, dataset)
+    path = _path(parts.name, parts.snapshot, reference, dataset)
     if not path.is_file():
-        _run_reference(name, reference, dataset)
+        _run_reference(parts.name, reference, dataset)
     try:
-        return load_file(path)
-    except (OSError, SafetensorError):
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError):
         raise RequestError(f"the snapshot {path} is damaged: delete it to have it trained again") from None
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradiometer.bench.gradients import Draw, NotRows, factors, one, rows
+from gradiometer.bench.batched import NotRows, factors, rows
+from gradiometer.bench.gradients import Draw, one
 from gradiometer.bench.outer import Outer
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
@@ -72,16 +73,6 @@ def draws(
         draw = one(estimator, model, x, Rng(seed, replicate, "measure", x.device, held=held), state, parameters)
         log_w = None if draw.log_w is None else draw.log_w.unsqueeze(1)  # [K, 1, B]
         yield Draw({name: g.unsqueeze(0) for name, g in draw.gradients.items()}, log_w)
-
-
-def must_be_finite(draw: Draw, shard: range) -> None:
-    """Raise `Failure` if a gradient is not finite; of factors, both are looked at."""
-    for name, gradient in draw.gradients.items():
-        parts = (gradient.inputs, gradient.cotangents) if isinstance(gradient, Outer) else (gradient,)
-        if not all(part.isfinite().all() for part in parts):
-            raise Failure(
-                f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}"
-            )
 
 
 def per_replicate(estimator: Estimator, log_w: Tensor | None) -> dict[str, Tensor]:

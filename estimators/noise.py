@@ -189,6 +189,8 @@ def rebuilt(q: Distribution, change: Callable[[Tensor], Tensor]) -> Distribution
     """
     if isinstance(q, Independent):
         return Independent(rebuilt(q.base_dist, change), q.reinterpreted_batch_ndims)
+    if callable(own := getattr(q, "rebuilt", None)):
+        return own(change)  # type: ignore[no-any-return]
     given = {name: getattr(q, name) for name in q.arg_constraints}
     for named, again in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
         if named in given:  # the same parameter by other names, of which a family takes one

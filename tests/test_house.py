@@ -31,6 +31,7 @@ BENCH_STAIRS = (
     {"models"},
     {"outer"},
     {"moments", "gradients"},
+    {"batched"},
     {"problems", "training", "replicates"},
     {"measurement", "costs", "named"},
     {"cells"},

@@ -11,7 +11,8 @@ from oracles import Enumerated, bound, elbo, scrambled
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from gradiometer.bench.gradients import Draw, NotRows, one, rows, trainable
+from gradiometer.bench.batched import NotRows, rows
+from gradiometer.bench.gradients import Draw, one, trainable
 from gradiometer.bench.measurement import measure
 from gradiometer.bench.models.toys import BernoulliToy, Expectation, FunctionToy, GaussianToy
 from gradiometer.bench.models.vae import VAE, Architecture

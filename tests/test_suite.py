@@ -132,7 +132,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
-    with pytest.raises(RequestError, match="mine.toml is not TOML: "):
+    with pytest.raises(RequestError, match=r"mine\.toml is not TOML: "):
         suites.read(str(path))
 
 
@@ -145,7 +145,7 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["nowhere.toml", ".", ".toml"])
 def test_a_file_that_is_not_there_is_refused(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match="no suite file|unknown suite"):
+    with pytest.raises(RequestError, match=r"no suite file|unknown suite"):
         suites.read(word)
 
 
@@ -215,7 +215,9 @@ def test_a_cell_asked_for_twice_is_one_and_words_are_canonical(tmp_path: Path) -
     assert [c.estimator for c, _ in read(tmp_path, twice).cells()] == ["iwae:K=2", "stl"]
 
 
-@pytest.mark.parametrize(("only", "words"), [("iwae*", ["iwae:K=2", "iwae"]), ("*units=2", ["iwae:K=2"]), ("none", [])])
+@pytest.mark.parametrize(
+    ("only", "words"), [("iwae*", ["iwae:K=2", "iwae:K=8"]), ("*units=2", ["iwae:K=2"]), ("none", [])]
+)
 def test_only_keeps_what_matches(tmp_path: Path, only: str, words: list[str]) -> None:
     suite = read(tmp_path, HEAD + 'problems = ["gaussian-toy"]\nestimators = ["iwae", "stl"]\n')
     assert [c.estimator for c, _ in suite.cells(only=only)] == words

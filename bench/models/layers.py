@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical, constraints
 from torch.nn.functional import softplus
 
-from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.noise import Rng, rebuilt
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
@@ -89,6 +89,10 @@ class Chain(Distribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Chain:
         return Chain(self.first.expand(batch_shape), self.links, self.units)
+
+    def rebuilt(self, change: Callable[[Tensor], Tensor]) -> Chain:
+        """The chain with `change` applied to the parameters of its first layer, which the others follow."""
+        return Chain(rebuilt(self.first, change), self.links, self.units)
 
     def draw(self, rng: Rng, particles: int | None, *, differentiable: bool) -> Tensor:
         take = rng.rsample if differentiable else rng.sample
