@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,27 +10,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gradiometer.bench import metrics
+from gradiometer.bench.folding import Directions, Folding, direction
 from gradiometer.bench.gradients import Counted, trainable
-from gradiometer.bench.moments import Accumulator, Array, Moments, shards
+from gradiometer.bench.moments import Array, Moments, shards
 from gradiometer.bench.problems import Problem, reason_to_skip
-from gradiometer.bench.replicates import (
-    Failure,
-    active_units,
-    choose,
-    chunk_size,
-    draws,
-    per_replicate,
-    projected,
-)
+from gradiometer.bench.replicates import active_units, choose, chunk_size, draws
 from gradiometer.bench.statistics import Value, exact, jackknife
 from gradiometer.bench.training import settled
 from gradiometer.estimators.base import Estimator
 
 Engine = Literal["auto", "rows", "loop"]
-PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
 
 
 @dataclass(frozen=True)
@@ -189,52 +179,27 @@ def measure(
     model, x = copy.deepcopy(problem.model).to(device, dtype), problem.x.to(device, dtype)
     state = settled(estimator, model, x, seed)
     parameters = trainable(model, state)
-    names = {name: p for members in parameters.values() for name, p in members.items()}
-    size = chunk or chunk_size(sum(p.numel() for p in names.values()), len(x) * estimator.K)
+    size = chunk or chunk_size(len(x) * estimator.K)
     counted = Counted(model)
     chosen = engine if engine != "auto" else choose(estimator, model, x, state, parameters, seed)
-    directions = _reference_directions(problem, reference, parameters, replicates, seed, device, dtype)
-
-    sums = {n: Accumulator(p.shape, len(bounds), p.dtype, p.device) for n, p in names.items()}
-    groups = {group: tuple(members) for group, members in parameters.items()}
-    half = len(bounds) // 2
-    projections: dict[str, list[tuple[Array, Array]]] = {group: [] for group in groups}
-    samples: dict[str, list[Array]] = {}
-    for number, shard in enumerate(bounds):
-        if number == half and directions is None:
-            directions = {
-                group: _direction({n: sums[n].mean(half) for n in members}) for group, members in groups.items()
-            }
-        found: list[dict[str, Tensor]] = []
-        aside: list[dict[str, Tensor]] = []
-        left = max(PROJECTED, len(shard) // 8) if number >= half else 0
-        for draw in draws(chosen, estimator, counted, x, seed, state, parameters, shard, size):
-            for name, gradient in draw.gradients.items():
-                sums[name].fold(number, gradient)
-            found.append(per_replicate(estimator, draw.log_w))
-            if left > 0 and directions is not None:
-                aside.append(projected(draw, groups, directions, left))
-                left -= len(next(iter(aside[-1].values())))
-        for name, accumulator in sums.items():
-            if not accumulator.finite(number):
-                last = shard.stop - 1
-                raise Failure(f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {last}")
-        for name, values in _together(found).items():
-            samples.setdefault(name, []).append(values)
-        if aside:
-            values_of = _together(aside)
-            for group in groups:
-                projections[group].append((values_of[f"along {group}"], values_of[f"squared {group}"]))
+    folding = Folding(estimator, parameters, bounds)
+    folding.directions = _reference_directions(problem, reference, parameters, replicates, seed, device, dtype)
+    middle = bounds[folding.half].start
+    for wanted in (range(middle), range(middle, replicates)):
+        if wanted.start and folding.directions is None:
+            folding.directions = folding.mean_directions()
+        for of, draw in draws(chosen, estimator, counted, x, seed, state, parameters, wanted, size):
+            folding.add(draw, of)
     return Measurement(
         problem,
         estimator,
         replicates,
         seed,
-        {name: accumulator.moments() for name, accumulator in sums.items()},
-        groups,
-        {name: p.shape for name, p in names.items()},
-        projections,
-        samples,
+        {name: accumulator.moments() for name, accumulator in folding.sums.items()},
+        folding.groups,
+        {name: accumulator.shape for name, accumulator in folding.sums.items()},
+        folding.projections(),
+        folding.samples(),
         counted.evaluations / (replicates * len(x)),
         None if problem.held_out is None else active_units(model, problem.held_out),
         chosen,
@@ -242,27 +207,18 @@ def measure(
     )
 
 
-def _direction(mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    norm = math.sqrt(sum(float(m.double().square().sum()) for m in mean.values()))
-    return {name: m.double() / norm if norm > 0 else m.double() for name, m in mean.items()}
-
-
 def _reference_directions(
     problem: Problem, reference: Estimator | None, parameters: Any, replicates: int, seed: int, device: str, dtype: Any
-) -> dict[str, dict[str, Tensor]] | None:
+) -> Directions | None:
     """The directions of a trusted estimator's mean gradient, measured on noise of its own."""
     if reference is None:
         return None
     trusted = measure(problem, reference, replicates=replicates, seed=seed + 1, device=device, dtype=dtype)
     means = {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
     return {
-        group: _direction({name: means.get(name, torch.zeros_like(p).double()) for name, p in members.items()})
+        group: direction({name: means.get(name, torch.zeros_like(p).double()) for name, p in members.items()})
         for group, members in parameters.items()
     }
-
-
-def _together(parts: list[dict[str, Tensor]]) -> dict[str, Array]:
-    return {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
 
 
 def _stacked(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:

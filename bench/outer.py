@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CANCELLED = 1e-2  # a second moment smaller than this part of the terms it is made of has lost digits
+TILE = 2**18  # elements of a temporary that still fits a cache
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ class Outer:
         A, mean = self.inputs[0], self.cotangents.mean(0)  # [n, in], [n, out]
         centred = (self.cotangents - mean).permute(2, 1, 0)  # [out, n, r]
         forms = centred @ centred.mT  # [out, n, n]
-        spread, terms = torch.empty_like(pilot), forms.diagonal(dim1=1, dim2=2) @ A.square()
-        for unit, form in enumerate(forms):  # all at once would hold [out, n, in]
-            torch.sum(torch.mul(form @ A, A), 0, out=spread[unit])
+        tile = max(1, TILE // A.numel())  # units at a time: all at once would hold [out, n, in]
+        spread = torch.cat([(part @ A * A).sum(1) for part in forms.split(tile)])
+        terms = forms.diagonal(dim1=1, dim2=2) @ A.square()
         off = mean.T @ A - pilot
         first, second = len(self) * off, spread + len(self) * off.square()
         self._mend(second, terms + len(self) * off.square(), pilot)

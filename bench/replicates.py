@@ -1,10 +1,10 @@
-"""Many replicates of a gradient: which engine makes them, in which chunks, and the scalars each one leaves."""
+"""Many replicates of a gradient: which engine makes them, and in which chunks."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,22 +12,16 @@ from torch import Tensor
 
 from gradiometer.bench.batched import NotRows, factors, rows
 from gradiometer.bench.gradients import Draw, one
-from gradiometer.bench.outer import Outer
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
-from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
 
+CHUNK = 2**12  # rows of a batch; a row of the MNIST-sized VAE holds some 20 KiB of activations
 LOOP_FROM = 800  # rows per replicate (B x K) from which a plain loop is as fast as batching replicates
 
 
-class Failure(RuntimeError):
-    """A measurement that cannot give a number; the message is one sentence."""
-
-
-def chunk_size(parameters: int, rows_each: int) -> int:
-    """Replicates per batch, so that neither their gradients (64 MiB) nor their activations grow with the problem."""
-    fit = min(2**24 // parameters, 2**15 // rows_each, 1024)
-    return max(fit // BLOCK, 1) * BLOCK
+def chunk_size(rows_each: int) -> int:
+    """Replicates per batch: about `CHUNK` rows, so that memory does not grow with B, K or the number of replicates."""
+    return max(min(CHUNK // rows_each, 1024) // BLOCK, 1) * BLOCK
 
 
 def choose(estimator: Estimator, model: Any, x: Tensor, state: State, parameters: Any, seed: int) -> str:
@@ -60,52 +54,22 @@ def draws(
     seed: int,
     state: State,
     parameters: Any,
-    shard: range,
+    wanted: range,
     size: int,
-) -> Iterator[Draw]:
+) -> Iterator[tuple[range, Draw]]:
+    """The draws of the `wanted` replicates in order, `size` at a time, or one at a time by the loop."""
     if engine == "rows":
-        for start in range(shard.start, shard.stop, size):
-            replicates = range(start, min(start + size, shard.stop))
-            yield factors(estimator, model, x, Rng(seed, replicates, "measure", x.device), state, parameters)
+        for start in range(wanted.start, wanted.stop, size):
+            replicates = range(start, min(start + size, wanted.stop))
+            rng = Rng(seed, replicates, "measure", x.device)
+            yield replicates, factors(estimator, model, x, rng, state, parameters)
         return
     held: dict[int, tuple[int, Tensor]] = {}
-    for replicate in shard:
-        draw = one(estimator, model, x, Rng(seed, replicate, "measure", x.device, held=held), state, parameters)
+    for replicate in wanted:
+        rng = Rng(seed, replicate, "measure", x.device, held=held)
+        draw = one(estimator, model, x, rng, state, parameters)
         log_w = None if draw.log_w is None else draw.log_w.unsqueeze(1)  # [K, 1, B]
-        yield Draw({name: g.unsqueeze(0) for name, g in draw.gradients.items()}, log_w)
-
-
-def per_replicate(estimator: Estimator, log_w: Tensor | None) -> dict[str, Tensor]:
-    """Per replicate, means over the minibatch, ``[r]``, from ``log_w [K, r, B]``."""
-    if log_w is None:
-        return {}
-    values = {
-        "objective": estimator.objective(log_w),
-        "elbo": log_w.mean(0),
-        "iwelbo": log_mean_exp(log_w),
-        "ess": effective_sample_size(log_w),
-    }
-    return {name: value.mean(-1) for name, value in values.items()}
-
-
-def projected(
-    draw: Draw, groups: Mapping[str, tuple[str, ...]], directions: Mapping[str, Mapping[str, Tensor]], first: int
-) -> dict[str, Tensor]:
-    """Inner products with the groups' directions, and squared norms, of the `first` replicates of a draw, ``[r]`` each."""
-    found = {}
-    for group, members in groups.items():
-        pairs = [_projection(draw.gradients[name][:first], directions[group][name]) for name in members]
-        found[f"along {group}"] = torch.stack([along for along, _ in pairs]).sum(0)
-        found[f"squared {group}"] = torch.stack([squared for _, squared in pairs]).sum(0)
-    return found
-
-
-def _projection(gradients: Tensor | Outer, direction: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(gradients, Outer):
-        along, squared = gradients.projections(direction.to(gradients.inputs.dtype))
-        return along.double(), squared.double()
-    flat = gradients.flatten(1)
-    return (flat @ direction.flatten().to(flat.dtype)).double(), flat.square().sum(1).double()
+        yield range(replicate, replicate + 1), Draw({n: g.unsqueeze(0) for n, g in draw.gradients.items()}, log_w)
 
 
 def active_units(model: Any, x: Tensor) -> int:

@@ -16,6 +16,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from gradiometer.bench import machine, store
 from gradiometer.bench.cells import Cell
+from gradiometer.bench.errors import RequestError
 from gradiometer.estimators.registry import load_plugin
 
 TIMED = ("cost", "training")  # kinds whose rows hold seconds: never beside another cell
@@ -82,10 +83,11 @@ def finished(folder: Path, key: str) -> str | None:
 def _run_batch(
     batch: list[tuple[Cell, float]], folder: Path, workers: int, plugins: Sequence[str], tell: Callable[[Outcome], None]
 ) -> None:
-    pool = ProcessPool(workers, context=get_context("spawn"), initializer=_start, initargs=(list(plugins),))
+    pool = ProcessPool(workers, context=get_context("spawn"), initializer=_start)
     try:
         pending: dict[Future[Outcome], tuple[Cell, float]] = {
-            pool.schedule(_work, args=(cell, folder), timeout=limit): (cell, limit) for cell, limit in batch
+            pool.schedule(_work, args=(cell, folder, list(plugins)), timeout=limit): (cell, limit)
+            for cell, limit in batch
         }
         for future in _as_completed(list(pending)):
             cell, limit = pending[future]
@@ -117,20 +119,24 @@ def _outcome(future: Future[Outcome], cell: Cell, limit: float, folder: Path) ->
             if killed
             else f"its process died (exit code {error.exitcode})"
         )
+    except RequestError:
+        raise  # its rows could not be written
+    except Exception as error:  # the worker could not begin, or all of them are gone
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
     store.write_cell(folder, cell.key, cell.without_numbers("failed", reason), machine.describe())
     return Outcome(cell, "failed", reason)
 
 
-def _start(plugins: list[str]) -> None:
-    """In a fresh worker: leave Ctrl-C to the parent, and know the user's estimators."""
+def _start() -> None:
+    """In a fresh worker: leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for plugin in plugins:
-        load_plugin(plugin)
 
 
-def _work(cell: Cell, folder: Path) -> Outcome:
+def _work(cell: Cell, folder: Path, plugins: list[str]) -> Outcome:
     """In a worker: run one cell and publish what came of it."""
     began = time.perf_counter()
+    for plugin in plugins:
+        load_plugin(plugin)
     rows, status, reason = cell.attempt()
     store.write_cell(folder, cell.key, rows, machine.describe())
     return Outcome(cell, status, reason, time.perf_counter() - began)

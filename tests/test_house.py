@@ -31,7 +31,7 @@ BENCH_STAIRS = (
     {"models"},
     {"outer"},
     {"moments", "gradients"},
-    {"batched"},
+    {"batched", "folding"},
     {"problems", "training", "replicates"},
     {"measurement", "costs", "named"},
     {"cells"},

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from gradiometer.bench.batched import NotRows, rows
+from gradiometer.bench.folding import Failure
 from gradiometer.bench.gradients import Draw, one, trainable
 from gradiometer.bench.measurement import measure
 from gradiometer.bench.models.toys import BernoulliToy, Expectation, FunctionToy, GaussianToy
 from gradiometer.bench.models.vae import VAE, Architecture
 from gradiometer.bench.moments import Accumulator, shards
 from gradiometer.bench.problems import Problem, reason_to_skip
-from gradiometer.bench.replicates import Failure
 from gradiometer.bench.training import initial_state, settled
 from gradiometer.estimators.base import Coefficients, Estimator, Facts, State, Surrogate, Weighted
 from gradiometer.estimators.noise import Rng

@@ -1,0 +1,117 @@
+"""What a gradient costs: evaluations counted, memory followed, seconds that agree with the throughputs."""
+
+import math
+
+import pytest
+import torch
+
+from gradiometer.bench import cost, named_problem
+from gradiometer.bench.costs import ROUNDS, peak_memory
+from gradiometer.estimators import parse
+
+KILO = 4000  # bytes of a thousand float32
+
+
+@pytest.mark.parametrize(
+    ("word", "evaluations"),
+    [
+        ("sgvb-a", 1),
+        ("sgvb-b:K=3", 3),
+        ("stl:K=2", 2),
+        ("reinforce:K=5", 5),
+        ("rloo:K=5", 5),
+        ("iwae:K=8", 8),
+        ("dreg:K=8", 8),
+        ("vimco:K=4", 4),
+        ("rws:K=4", 4),
+        ("nvi:levels=2,K=4", 8),
+        ("nvi:levels=3,K=8", 24),
+        ("nvi:levels=3,K=8,resample=systematic,path=learned", 24),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 7])
+def test_evaluations_are_counted_per_data_point(word: str, evaluations: int, batch: int) -> None:
+    found = cost(named_problem("gaussian-toy:units=3", batch), parse(word), seconds=1e-3)["evaluations"]
+    assert (found.value, found.stderr) == (evaluations, 0.0)
+
+
+def test_memory_follows_every_storage_until_it_is_freed() -> None:
+    def step() -> None:
+        a = torch.zeros(1000)  # 1
+        b = a * 2  # 2
+        view = b.view(10, 100)[:5]  # no more
+        b.add_(1)  # no more
+        del a  # 1
+        c = torch.cat([view.reshape(-1), view.reshape(-1)])  # 2
+        del b, view  # 1
+        d = c + 1  # 2
+        del c, d
+
+    assert peak_memory(step, torch.zeros(1)) == 2 * KILO
+
+
+def test_memory_that_was_there_before_is_not_the_steps() -> None:
+    held = torch.zeros(1_000_000)
+    assert peak_memory(lambda: held.add_(1).view(1000, 1000), torch.zeros(1)) == 0
+    assert peak_memory(lambda: held[:1000] * 2, torch.zeros(1)) == KILO
+
+
+def test_the_backward_pass_counts_too() -> None:
+    weight = torch.zeros(1000, requires_grad=True)
+
+    def step() -> None:
+        y = weight * 2  # 1
+        z = y.exp()  # 2, kept for the backward pass
+        torch.autograd.grad(z, weight, torch.ones(1000))  # 3 with the ones, 4 with z's gradient, 5 with y's
+
+    assert 4 * KILO <= peak_memory(step, torch.zeros(1)) <= 5 * KILO
+
+
+def test_memory_and_evaluations_are_the_same_every_time_and_grow_with_k() -> None:
+    problem = named_problem("gaussian-toy:units=3", 5)
+    found = [cost(problem, parse(word), seconds=1e-3)["peak_memory"].value for word in ("iwae", "iwae", "iwae:K=64")]
+    assert found[0] == found[1] > 0
+    assert found[2] > 4 * found[0]
+
+
+def test_throughputs_are_the_seconds_upside_down() -> None:
+    values = cost(named_problem("gaussian-toy:units=3", 5), parse("iwae:K=8"), seconds=0.05)
+    seconds, gradients, particles = (
+        values[name].value for name in ("seconds_per_gradient", "gradients_per_second", "particles_per_second")
+    )
+    assert 1e-5 < seconds < 1
+    assert gradients * seconds == pytest.approx(1, rel=0.05)  # medians of an even number of blocks
+    assert particles == pytest.approx(8 * 5 * gradients)
+    for name in ("seconds_per_gradient", "gradients_per_second", "particles_per_second"):
+        value = values[name]
+        assert value.low <= value.value <= value.high
+        assert math.isfinite(value.stderr)
+        assert len(value.jackknife) == ROUNDS // 4
+    assert values["peak_memory"].stderr == 0
+
+
+def test_a_slower_gradient_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    from gradiometer.bench import costs
+
+    problem = named_problem("gaussian-toy:units=3", 5)
+    honest, one = cost(problem, parse("stl"), seconds=0.02), costs.one
+
+    def slow(*arguments: object) -> object:
+        time.sleep(0.02)
+        return one(*arguments)
+
+    monkeypatch.setattr(costs, "one", slow)
+    delayed = cost(problem, parse("stl"), seconds=0.02)
+    added = delayed["seconds_per_gradient"].value - honest["seconds_per_gradient"].value
+    assert 0.019 < added < 0.04
+
+
+def test_the_problem_is_not_changed_and_what_it_lacks_is_a_sentence() -> None:
+    problem = named_problem("gaussian-toy:units=3", 5)
+    before = {name: tensor.clone() for name, tensor in problem.model.state_dict().items()}
+    cost(problem, parse("moving-average"), seconds=1e-3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in problem.model.state_dict().items())
+    with pytest.raises(ValueError, match="dreg needs a reparameterisable guide; try rloo or vimco"):
+        cost(named_problem("bernoulli-toy", 1), parse("dreg"))
