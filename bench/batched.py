@@ -110,13 +110,13 @@ class _OneGuide:
 
     def guide(self, x: Tensor) -> Distribution:
         if x is not self._x:  # of something else, a dream for instance: every replicate has its own
-            return self._model.guide(x)  # type: ignore[no-any-return]
+            return self._model.guide(x)
         start = len(self._tape.calls)
         try:
             return self._tape.cut(self._model.guide(x[:1]), start)
         except NotImplementedError:
             del self._tape.calls[start:]
-            return self._model.guide(x)  # type: ignore[no-any-return]
+            return self._model.guide(x)
 
 
 class _Tape:

@@ -88,13 +88,12 @@ class Folding:
 
     def projections(self) -> dict[str, list[tuple[Array, Array]]]:
         """Per group and shard of the second half, inner product with the direction and squared norm of each replicate."""
-        second = range(self.half, len(self.shards))
         return {
-            group: [
-                tuple(self._values(number, f"{what} {group}") for what in ("along", "squared")) for number in second
-            ]  # type: ignore[misc]
-            for group in self.groups
+            group: [self._projection(group, n) for n in range(self.half, len(self.shards))] for group in self.groups
         }
+
+    def _projection(self, group: str, number: int) -> tuple[Array, Array]:
+        return self._values(number, f"along {group}"), self._values(number, f"squared {group}")
 
     def _values(self, number: int, name: str) -> Array:
         return torch.cat(self._scalars[number][name]).double().cpu().numpy()

@@ -8,6 +8,7 @@ and a chunk takes the rows it needs from the blocks it touches.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
@@ -156,7 +157,7 @@ class Rng:
         with torch.random.fork_rng(devices=[]):
             for row, replicate in enumerate(indices):
                 torch.manual_seed(self._key(-1 - replicate))
-                part = q if single else rebuilt(q, lambda v, row=row: v.select(len(q.batch_shape) - 2, row))
+                part = q if single else rebuilt(q, partial(torch.select, dim=len(q.batch_shape) - 2, index=row))
                 shape = Size(() if particles is None else (particles,))
                 draws.append(part.rsample(shape) if differentiable else part.sample(shape))
         self._ordinal += 1
@@ -190,7 +191,7 @@ def rebuilt(q: Distribution, change: Callable[[Tensor], Tensor]) -> Distribution
     if isinstance(q, Independent):
         return Independent(rebuilt(q.base_dist, change), q.reinterpreted_batch_ndims)
     if callable(own := getattr(q, "rebuilt", None)):
-        return own(change)  # type: ignore[no-any-return]
+        return own(change)
     given = {name: getattr(q, name) for name in q.arg_constraints}
     for named, again in (("logits", ("probs",)), ("scale_tril", ("covariance_matrix", "precision_matrix"))):
         if named in given:  # the same parameter by other names, of which a family takes one

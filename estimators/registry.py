@@ -86,7 +86,12 @@ def parse(word: str) -> Estimator:
     known = _REGISTRY if name in _REGISTRY else catalogue()
     if name not in known:
         raise ValueError(f"unknown estimator {name!r}{nearest(name, list(known))}")
-    return configured(known[name], name, settings)
+    try:
+        return configured(known[name], name, settings)
+    except ValueError:
+        raise
+    except Exception as error:  # a stranger's class
+        raise ValueError(f"{word} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def configured(cls: type[T], name: str, settings: str) -> T:

@@ -1,0 +1,412 @@
+"""Running suites: the same rows however they are run, nothing lost when a run is killed, failures as rows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from gradiometer.bench import cells as cells_module
+from gradiometer.bench import store
+from gradiometer.bench.cells import FLOORS, HARNESS, Cell
+from gradiometer.bench.errors import RequestError
+from gradiometer.bench.runner import finished
+from gradiometer.estimators.registry import load_plugin
+
+Command = Callable[..., Result]
+HEADER = """
+import os, signal, time
+from dataclasses import dataclass
+from gradiometer.estimators import Coefficients, Facts, Weighted, register
+"""
+CLASS = """
+@register
+@dataclass(frozen=True)
+class {title}(Weighted):
+    facts = Facts("{name}", family="strangers", objective="iwelbo", needs=("rsample",))
+
+    def coefficients(self, log_w):
+        {body}
+        w = log_w.softmax(0)
+        return Coefficients(generative=w, pathwise=w)
+"""
+SUITE = """title = "Mine"
+[[gradient]]
+problems = ["gaussian-toy:units=2"]
+estimators = [{words}]
+batch = 3
+replicates = 16
+"""
+
+
+def plugin(path: Path, **bodies: str) -> Path:
+    """A file of estimators, each named after its keyword; `bodies` are statements that come before its weights."""
+    classes = [CLASS.format(title=name.title(), name=name, body=body) for name, body in bodies.items()]
+    path.write_text(HEADER + "\n".join(classes), encoding="utf-8")
+    return path
+
+
+def suite(path: Path, *words: str, more: str = "") -> Path:
+    path.write_text(SUITE.format(words=", ".join(f'"{word}"' for word in words)) + more, encoding="utf-8")
+    return path
+
+
+def stored(folder: Path) -> dict[tuple[str, str, str, int], dict[str, Any]]:
+    """What a folder's cells hold, by what they measured; without what may differ from run to run."""
+    found = {}
+    for path in (folder / "cells").glob("*.json"):
+        record = json.loads(path.read_text())
+        about = record["shared"] | record["rows"][0]
+        assert record["cell"] == path.stem
+        del record["manifest"]
+        if about["kind"] == "training":
+            for row in (record["shared"], *record["rows"]):
+                row.pop("seconds", None)
+        if about["kind"] == "cost":
+            for row in record["rows"]:
+                for timing in ("value", "stderr", "low", "high", "jackknife"):
+                    if row["metric"] != "peak_memory":
+                        row.pop(timing, None)
+        found[about["kind"], about["problem"], about["estimator"], about["seed"]] = record
+    return found
+
+
+TRAINING = """
+[[training]]
+problems = ["digits-vae"]
+estimators = ["stl"]
+seeds = [0, 1]
+steps = 4
+every = 2
+[[cost]]
+problems = ["gaussian-toy:units=2"]
+estimators = ["iwae:K=2"]
+seconds = 0.01
+"""
+
+
+def test_rows_are_the_same_bits_whatever_the_jobs_the_company_and_the_folder(
+    tmp_path: Path, gradiometer: Command
+) -> None:
+    words = ("iwae:K=2", "rloo:K=3", "moving-average", "nvi:levels=2,K=2")
+    many = suite(tmp_path / "many.toml", *words, more=TRAINING)
+    few = suite(tmp_path / "few.toml", "rloo:K=3")
+    mine = plugin(tmp_path / "mine.py", mine="")
+    assert gradiometer("run", many, "--out", tmp_path / "one").exit_code == 0
+    assert gradiometer("run", many, "--out", tmp_path / "two", "--jobs", 2, "--plugin", mine).exit_code == 0
+    assert gradiometer("run", few, "--out", tmp_path / "alone").exit_code == 0
+    one, two, alone = (stored(tmp_path / folder) for folder in ("one", "two", "alone"))
+    assert len(one) == 7
+    assert one == two
+    assert alone == {key: one[key] for key in alone}
+    assert one["training", "digits-vae", "stl", 0]["rows"] != one["training", "digits-vae", "stl", 1]["rows"]
+    assert [row["step"] for row in one["training", "digits-vae", "stl", 0]["rows"]] == [0, 0, 2, 2, 4, 4]
+
+
+def test_a_finished_suite_is_left_alone_and_said_to_be(tmp_path: Path, gradiometer: Command) -> None:
+    asked = suite(tmp_path / "mine.toml", "iwae:K=2", "stl")
+    gradiometer("run", asked, "--out", tmp_path / "out")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out" / "cells").iterdir()}
+    again = gradiometer("run", asked, "--out", tmp_path / "out", "--jobs", 2)
+    assert again.exit_code == 0
+    assert again.stdout.splitlines()[-1] == "nothing to do: all 2 cells are finished"
+    assert {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out" / "cells").iterdir()
+    } == before
+    changed = gradiometer("run", asked, "--out", tmp_path / "out", "--set", "replicates=8")
+    assert "2 ok" in changed.stdout
+    assert len(store.index(tmp_path / "out")["cells"]) == 2
+    assert set(store.load(tmp_path / "out")["replicates"]) == {8}
+    assert all(path.read_bytes() == content for path, (_, content) in before.items())
+
+
+FAULTS = {
+    "raising": 'raise KeyError("no weights here")',
+    "nan": "log_w = log_w * float('nan')",
+    "slow": "time.sleep(60)",
+    "leaving": "os._exit(3)",
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+def test_cells_that_fail_are_rows_with_reasons_and_are_tried_again(tmp_path: Path, gradiometer: Command) -> None:
+    strangers = plugin(tmp_path / "strangers.py", **FAULTS)
+    block = SUITE.partition("\n")[2].format(words='"slow"') + "time_limit = 1.5\n"
+    asked = suite(tmp_path / "mine.toml", *[name for name in FAULTS if name != "slow"], "iwae:K=2", more=block)
+    result = gradiometer("run", asked, "--out", tmp_path / "out", "--plugin", strangers, "--jobs", 2)
+    assert result.exit_code == 1
+    rows = store.load(tmp_path / "out")
+    failed = rows[rows["status"] == "failed"].set_index("estimator")
+    assert set(failed.index) == set(FAULTS)
+    assert set(failed["metric"]) == {""}
+    assert failed.loc["raising", "reason"] == "KeyError: 'no weights here'"
+    assert "is not finite" in failed.loc["nan", "reason"]
+    assert failed.loc["slow", "reason"] == "it took longer than its time limit of 1.5 s"
+    assert failed.loc["leaving", "reason"] == "its process died (exit code 3)"
+    assert failed.loc["killed", "reason"] == "its process was killed: out of memory, most likely"
+    assert not rows[(rows["estimator"] == "iwae:K=2") & (rows["metric"] == "variance")].empty
+    for name in FAULTS:
+        assert f"failed: gradient of {name} on gaussian-toy:units=2: {failed.loc[name, 'reason']}" in result.stderr
+    again = gradiometer("run", asked, "--out", tmp_path / "out", "--plugin", strangers, "--only", "raising")
+    assert again.exit_code == 1
+    assert "1 failed" in again.stdout
+
+
+def test_a_failure_that_was_mended_is_a_result(
+    tmp_path: Path, gradiometer: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flaky = plugin(tmp_path / "flaky.py", flaky='assert os.environ.get("MENDED"), "not yet"')
+    asked = suite(tmp_path / "mine.toml", "flaky", "iwae:K=2")
+    assert gradiometer("run", asked, "--out", tmp_path / "out", "--plugin", flaky).exit_code == 1
+    monkeypatch.setenv("MENDED", "1")
+    result = gradiometer("run", asked, "--out", tmp_path / "out", "--plugin", flaky)
+    assert result.exit_code == 0
+    assert "1 kept, 1 ok" in result.stdout
+    assert set(store.load(tmp_path / "out")["status"]) == {"ok"}
+
+
+def test_pairs_that_cannot_be_are_rows_with_reasons(tmp_path: Path, gradiometer: Command) -> None:
+    asked = tmp_path / "mine.toml"
+    asked.write_text(
+        'title = "t"\n[[gradient]]\nproblems = ["bernoulli-toy"]\nestimators = ["dreg", "rloo:K=2"]\nreplicates = 16\n'
+        '[[cost]]\nproblems = ["bernoulli-toy"]\nestimators = ["dreg"]\nseconds = 0.01\n'
+        '[[training]]\nproblems = ["digits-vae-bernoulli"]\nestimators = ["dreg"]\nsteps = 1\nevery = 1\n'
+    )
+    result = gradiometer("run", asked, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    rows = store.load(tmp_path / "out")
+    skipped = rows[rows["status"] == "skipped"]
+    assert sorted(skipped["kind"]) == ["cost", "gradient", "training"]
+    assert set(skipped["reason"]) == {"dreg needs a reparameterisable guide; try rloo or vimco"}
+    again = gradiometer("run", asked, "--out", tmp_path / "out")
+    assert "nothing to do: all 4 cells are finished" in again.stdout
+
+
+def test_a_plugin_that_workers_cannot_load_is_the_reason(tmp_path: Path, gradiometer: Command) -> None:
+    shy = plugin(tmp_path / "shy.py", shy="")
+    shy.write_text(
+        shy.read_text() + "import multiprocessing\nassert multiprocessing.parent_process() is None, 'only here'\n"
+    )
+    result = gradiometer("run", suite(tmp_path / "mine.toml", "shy"), "--out", tmp_path / "out", "--plugin", shy)
+    assert result.exit_code == 1
+    assert "shy.py cannot be loaded: AssertionError: only here" in store.load(tmp_path / "out")["reason"].item()
+
+
+# Killed in the middle.
+
+
+def children(process: int) -> list[int]:
+    """The processes below a process, not those that have ended."""
+    found = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc for the workers of a run")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_killed_loses_at_most_the_cells_in_flight(
+    tmp_path: Path, how: signal.Signals, gradiometer: Command
+) -> None:
+    patient = plugin(tmp_path / "patient.py", patient='time.sleep(float(os.environ.get("NAP", "0")))')
+    words = ["iwae:K=2", "stl", "patient", "patient:K=2", "patient:K=3"]
+    asked = suite(tmp_path / "mine.toml", *words)
+    command = [
+        sys.executable,
+        "-m",
+        "gradiometer.bench.cli",
+        "run",
+        asked,
+        "--out",
+        tmp_path / "cut",
+        "--plugin",
+        patient,
+    ]
+    process = subprocess.Popen(
+        [*map(str, command), "--jobs", "2"],
+        env=os.environ | {"NAP": "30"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = tmp_path / "cut" / "cells"
+    wait_until(lambda: len(list(folder.glob("*.json"))) >= 2 or process.poll() is not None)
+    workers = children(process.pid)
+    assert workers
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9}.get(how, 130)
+    if how != signal.SIGKILL:
+        assert said == "\ninterrupted; finished cells are kept, and the same command goes on from here\n"
+    wait_until(
+        lambda: not any(map(running, workers)), 45
+    )  # in flight, a worker whose parent was killed ends its cell first
+    kept = {path: path.read_bytes() for path in folder.glob("*.json")}
+    assert len(kept) >= 2
+    assert all(json.loads(content)["rows"] for content in kept.values())
+    result = gradiometer("run", asked, "--out", tmp_path / "cut", "--plugin", patient)
+    assert result.exit_code == 0
+    assert f"{len(kept)} kept, {len(words) - len(kept)} ok" in result.stdout
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    gradiometer("run", asked, "--out", tmp_path / "whole", "--plugin", patient)
+    assert stored(tmp_path / "cut") == stored(tmp_path / "whole")
+
+
+# Keys.
+
+
+def key(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str = "", new: str = "") -> str:
+    """The key of a cell of an estimator in a file, in which `old` was replaced by `new`."""
+    from gradiometer.estimators import registry
+
+    folder.mkdir()
+    path = plugin(folder / "mine.py", mine="log_w = 1.5 * log_w  # warmer")
+    path.write_text(path.read_text().replace(old, new) if old else path.read_text())
+    registry._REGISTRY.pop("mine", None)
+    load_plugin(path)
+    return Cell("gradient", "gaussian-toy:units=2", "mine", 3, replicates=16).key
+
+
+def test_a_changed_estimator_is_another_cell_and_a_changed_comment_is_not(
+    tmp_path: Path, forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = key(tmp_path / "a", monkeypatch)
+    assert key(tmp_path / "b", monkeypatch, "  # warmer", "      # much warmer, and spaced") == first
+    assert key(tmp_path / "c", monkeypatch, "1.5", "1.6") != first
+    assert key(tmp_path / "d", monkeypatch, "w = log_w.softmax(0)", "w = log_w.softmax(0) * 1") != first
+
+
+def test_a_changed_base_in_another_file_is_another_cell(tmp_path: Path, forgotten: None) -> None:
+    from gradiometer.estimators import registry
+
+    def derived(folder: Path, factor: str) -> str:
+        folder.mkdir()
+        for name in ("mine", "derived"):
+            registry._REGISTRY.pop(name, None)
+        load_plugin(plugin(folder / "base.py", mine=f"log_w = {factor} * log_w"))
+        text = HEADER + "from gradiometer.estimators import catalogue\n@register\n@dataclass(frozen=True)\n"
+        text += 'class Derived(catalogue()["mine"]):\n    facts = Facts("derived", family="f", needs=("rsample",))\n'
+        (folder / "derived.py").write_text(text)
+        load_plugin(folder / "derived.py")
+        return Cell("gradient", "gaussian-toy:units=2", "derived", 3, replicates=16).key
+
+    assert derived(tmp_path / "a", "1.5") == derived(tmp_path / "b", "1.5") != derived(tmp_path / "c", "1.6")
+
+
+def test_every_field_and_everything_behind_a_number_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    base = {
+        "kind": "gradient",
+        "problem": "gaussian-toy:units=2",
+        "estimator": "iwae:K=2",
+        "batch": 3,
+        "replicates": 16,
+    }
+    changes: list[dict[str, Any]] = [
+        {}, {"kind": "cost"}, {"problem": "gaussian-toy:units=3"}, {"estimator": "iwae:K=3"}, {"batch": 4}, {"seed": 1},
+        {"replicates": 32}, {"reference": "stl"}, {"reference": "rloo:K=2"}, {"engine": "loop"}, {"device": "cuda"},
+        {"dtype": "float64"}, {"threads": 2}, {"seconds": 1.0},
+        {"kind": "training", "problem": "digits-vae", "steps": 3, "every": 1},
+        {"kind": "training", "problem": "digits-vae", "steps": 3, "every": 1, "seed": 1},
+        {"kind": "training", "problem": "digits-vae", "steps": 3, "every": 1, "learning_rate": 0.1},
+    ]  # fmt: skip
+    keys = [Cell(**(base | change)).key for change in changes]
+    assert len(set(keys)) == len(keys)
+    assert Cell(**base).key == keys[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "0.0")
+        assert Cell(**base).key != keys[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(cells_module, "processor", lambda: "another machine")
+        assert Cell(**base).key == keys[0]  # moments belong to no machine, seconds do
+        assert Cell(**(base | changes[1])).key != keys[1]
+    for module in (*FLOORS, *HARNESS):
+        with monkeypatch.context() as patch:
+            source = cells_module._source
+            patch.setattr(
+                cells_module, "_source", lambda name, m=module: "changed" if name.endswith(m) else source(name)
+            )
+            assert Cell(**base).key != keys[0], module
+
+
+def test_every_module_that_makes_numbers_is_in_the_key() -> None:
+    """Whatever the measurement imports of ours, but what enters the key by what it yields."""
+    by_yield = {
+        "bench.errors", "bench.machine",  # words
+        "bench.metrics",  # by its versions
+        "bench.named", "bench.models.settings", "bench.data",  # by the hash of parameters and data
+        "estimators.registry",  # by the word and the class it stands for
+    }  # fmt: skip
+    code = (
+        "import sys, gradiometer.bench.cells as cells\n"
+        "print(*(name.removeprefix('gradiometer.') for name in sys.modules if name.startswith('gradiometer.')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    imported = {name for name in found.stdout.split() if not name.startswith("bench.data.")}
+    packages = {"bench", "estimators", "bench.models"}
+    assert imported - packages - by_yield - set(FLOORS) - set(HARNESS) == set()
+    assert set(HARNESS) <= imported
+
+
+# What is kept.
+
+
+def test_only_finished_cells_are_kept(tmp_path: Path) -> None:
+    cell = Cell("gradient", "gaussian-toy:units=2", "iwae:K=2", 3, replicates=16)
+    store.open_for_writing(tmp_path)
+    assert finished(tmp_path, cell.key) is None
+    for status, kept in (("failed", None), ("skipped", "skipped")):
+        store.write_cell(tmp_path, cell.key, cell.without_numbers(status, "why"), {})
+        assert finished(tmp_path, cell.key) == kept
+    store.write_cell(tmp_path, cell.key, cell.run(), {})
+    assert finished(tmp_path, cell.key) == "ok"
+    path = tmp_path / "cells" / f"{cell.key}.json"
+    path.write_text(path.read_text()[:100])
+    assert finished(tmp_path, cell.key) is None
+
+
+def test_a_cell_whose_rows_cannot_be_written_ends_the_run_in_a_sentence(tmp_path: Path) -> None:
+    from gradiometer.bench import runner
+
+    cell = Cell("gradient", "gaussian-toy:units=2", "iwae:K=2", 3, replicates=16)
+    with pytest.raises(RequestError, match=r"cells/\w+\.json cannot be written: No such file or directory"):
+        runner.run([(cell, 60.0)], tmp_path / "gone")
+
+
+@pytest.mark.parametrize("words", [[], ["", "two lines"], ["first\nsecond"]])
+def test_a_reason_is_one_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("gradient", "gaussian-toy:units=2", "iwae:K=2", 3, replicates=16)
+
+    def run(_: Cell) -> None:
+        raise OSError(*words)
+
+    monkeypatch.setattr(Cell, "run", run)
+    rows, status, reason = cell.attempt()
+    assert status == "failed"
+    assert reason
+    assert "\n" not in reason
+    assert [row["reason"] for row in rows] == [reason]
