@@ -75,8 +75,10 @@ def list_(what: str | None, plugins: tuple[str, ...]) -> None:
     for thing in [what] if what else THINGS:
         if not what:
             click.secho(thing, bold=True)
-        for name, summary in _listed(thing):
-            click.echo(f"  {name:<24}{summary}" if not what else f"{name:<24}{summary}")
+        lines = list(_listed(thing))
+        width = max(24, *(len(name) + 2 for name, _ in lines))
+        for name, summary in lines:
+            click.echo(f"{'' if what else '  '}{name:<{width}}{summary}")
 
 
 @main.command()

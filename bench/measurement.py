@@ -100,6 +100,7 @@ class Measurement:
     def rows(self) -> list[dict[str, Any]]:
         """Tidy rows, one per group and metric, as the store keeps them."""
         about = {
+            "kind": "gradient",
             "problem": self.problem.name,
             **self.problem.about,
             "estimator": str(self.estimator),
@@ -116,7 +117,7 @@ class Measurement:
         }
         found = [about | row_of(name, value) for name, value in self.values().items()]
         for group in self.groups:
-            of_group = {"group": group, "space": "group"}
+            of_group = {"group": group, "space": "group", "ascends": self.estimator.facts.objective_of(group)}
             found += [about | of_group | row_of(name, value) for name, value in self.metrics(group).items()]
         return found
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from pebble import ProcessExpired, ProcessPool
@@ -128,8 +130,15 @@ def _outcome(future: Future[Outcome], cell: Cell, limit: float, folder: Path) ->
 
 
 def _start() -> None:
-    """In a fresh worker: leave Ctrl-C to the parent."""
+    """In a fresh worker: leave Ctrl-C to the parent, and end when it is gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _work(cell: Cell, folder: Path, plugins: list[str]) -> Outcome:

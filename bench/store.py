@@ -21,37 +21,13 @@ SCHEMA = 1
 COLUMNS = (
     "suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "digest", "step", "seconds",
     "estimator", "family", "K", "B", "evaluations", "seed", "device", "dtype", "threads", "engine", "chunk",
-    "group", "tensor", "metric", "space", "randomness", "reduction", "scale", "unit", "version",
+    "group", "ascends", "tensor", "metric", "space", "randomness", "reduction", "scale", "unit", "version",
     "value", "stderr", "low", "high", "replicates", "precision_met", "checked", "status", "reason", "manifest", "jackknife",
 )  # fmt: skip
-TEXT = frozenset(
-    [
-        "suite",
-        "cell",
-        "kind",
-        "problem",
-        "model",
-        "dataset",
-        "snapshot",
-        "digest",
-        "estimator",
-        "family",
-        "device",
-        "dtype",
-        "engine",
-        "group",
-        "tensor",
-        "metric",
-        "space",
-        "randomness",
-        "reduction",
-        "scale",
-        "unit",
-        "status",
-        "reason",
-        "manifest",
-    ]
+NUMBERS = frozenset(
+    {"step", "seconds", "K", "B", "evaluations", "seed", "replicates", "version", "value", "stderr", "low", "high"}
 )
+TEXT = frozenset(COLUMNS) - NUMBERS - {"threads", "chunk", "precision_met", "checked", "jackknife"}
 
 
 def open_for_writing(folder: Path) -> None:
@@ -188,20 +164,7 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     for name in TEXT:
         table[name] = table[name].astype(object).where(table[name].notna(), "")
-    for name in (
-        "value",
-        "stderr",
-        "low",
-        "high",
-        "step",
-        "seconds",
-        "K",
-        "B",
-        "evaluations",
-        "seed",
-        "replicates",
-        "version",
-    ):
+    for name in NUMBERS:
         table[name] = pd.to_numeric(table[name])
     table["checked"] = table["checked"].astype(object).where(table["checked"].notna(), False).astype(bool)
     return table

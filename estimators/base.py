@@ -59,8 +59,8 @@ class Facts:
     cite: str = ""
 
     def objective_of(self, group: str) -> str:
-        """The name of the objective that `group` ascends."""
-        return self.objective if isinstance(self.objective, str) else self.objective[group]
+        """The name of the objective that `group` ascends; empty for a group the claims do not know."""
+        return self.objective if isinstance(self.objective, str) else self.objective.get(group, "")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from gradiometer.bench.runner import finished
 from gradiometer.estimators.registry import load_plugin
 
 Command = Callable[..., Result]
+pytestmark = pytest.mark.usefixtures("forgotten")
 HEADER = """
 import os, signal, time
 from dataclasses import dataclass
@@ -268,7 +269,7 @@ def test_a_run_that_is_killed_loses_at_most_the_cells_in_flight(
     assert len(kept) >= 2
     assert all(json.loads(content)["rows"] for content in kept.values())
     result = gradiometer("run", asked, "--out", tmp_path / "cut", "--plugin", patient)
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.stderr
     assert f"{len(kept)} kept, {len(words) - len(kept)} ok" in result.stdout
     assert all(path.read_bytes() == content for path, content in kept.items())
     gradiometer("run", asked, "--out", tmp_path / "whole", "--plugin", patient)
@@ -291,7 +292,7 @@ def key(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str = "", new: str =
 
 
 def test_a_changed_estimator_is_another_cell_and_a_changed_comment_is_not(
-    tmp_path: Path, forgotten: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = key(tmp_path / "a", monkeypatch)
     assert key(tmp_path / "b", monkeypatch, "  # warmer", "      # much warmer, and spaced") == first
@@ -299,7 +300,7 @@ def test_a_changed_estimator_is_another_cell_and_a_changed_comment_is_not(
     assert key(tmp_path / "d", monkeypatch, "w = log_w.softmax(0)", "w = log_w.softmax(0) * 1") != first
 
 
-def test_a_changed_base_in_another_file_is_another_cell(tmp_path: Path, forgotten: None) -> None:
+def test_a_changed_base_in_another_file_is_another_cell(tmp_path: Path) -> None:
     from gradiometer.estimators import registry
 
     def derived(folder: Path, factor: str) -> str:
@@ -344,9 +345,9 @@ def test_every_field_and_everything_behind_a_number_is_in_the_key(monkeypatch: p
         patch.setattr(cells_module, "processor", lambda: "another machine")
         assert Cell(**base).key == keys[0]  # moments belong to no machine, seconds do
         assert Cell(**(base | changes[1])).key != keys[1]
+    source = cells_module._source
     for module in (*FLOORS, *HARNESS):
         with monkeypatch.context() as patch:
-            source = cells_module._source
             patch.setattr(
                 cells_module, "_source", lambda name, m=module: "changed" if name.endswith(m) else source(name)
             )

@@ -16,8 +16,7 @@ class LatentVariableModel(Protocol):
     Optional capabilities, offered by the methods' presence:
 
     - ``likelihood(z)``, the distribution ``p(x|z)``, and ``prior(q)``, ``p(z)`` with the guide's batch shape;
-    - ``kl(q)``, the divergence from prior to guide in closed form, ``[*batch]``;
-    - ``enumerate(x)``, all values of a finite latent, ``[S, 1, ..., D]``.
+    - ``kl(q)``, the divergence from prior to guide in closed form, ``[*batch]``.
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -34,7 +33,7 @@ def offers(model: LatentVariableModel, x: Tensor) -> set[str]:
     """The capabilities an estimator may ask for in ``facts.needs`` that `model` has at the minibatch `x`."""
     held = next(iter(model.parameters()), x) if isinstance(model, nn.Module) else x
     guide = model.guide(x.to(held))  # a measurement converts both; here only the shapes matter
-    found = {name for name in ("likelihood", "prior", "enumerate") if callable(getattr(model, name, None))}
+    found = {name for name in ("likelihood", "prior") if callable(getattr(model, name, None))}
     if guide.has_rsample:
         found.add("rsample")
     if isinstance(guide, Independent) and isinstance(guide.base_dist, Normal):

@@ -92,10 +92,6 @@ class BernoulliToy(Expectation):
     def distribution(self, parameters: Tensor) -> Distribution:
         return Independent(Bernoulli(logits=parameters, validate_args=False), 1)
 
-    def enumerate(self) -> Tensor:
-        """Both values, ``[2, 1]``."""
-        return torch.tensor([[0.0], [1.0]])
-
 
 FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "quadratic": lambda z, k: (z - k) ** 2,

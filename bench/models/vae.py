@@ -22,7 +22,7 @@ class Architecture:
         hidden: hidden sizes of the encoder's first network; the decoder mirrors them.
         latent: latents per stochastic layer, from the data upwards; one entry per layer.
         kind: "gaussian", "bernoulli" or "categorical" latents.
-        likelihood: "bernoulli" or "gaussian" (unit-free, with a learned standard deviation per pixel).
+        likelihood: "bernoulli", or "gaussian" with mean and standard deviation per pixel from the decoder.
         activation: of the hidden layers.
         between: hidden sizes of the networks between stochastic layers.
         classes: of a categorical latent.
