@@ -31,7 +31,7 @@ SEPARATED = (
     "Bold: best of its column, with a 95 % interval that overlaps no other; where intervals overlap, nothing is bold."
 )
 UNRANKED = "Objectives of different estimators are different bounds, so their values are not ranked."
-CLAIM = "that it is the gradient it claims to be is untested."
+CLAIM = "that it is the gradient it claims to be rests on its own tests."
 AT_FLOOR = "at the floor: the interval reaches what a gradient of mean zero would show."
 
 
@@ -245,6 +245,6 @@ def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
     if any(cell and cell.at_floor for line in table.lines for cell in line.cells):
         yield f"‡ {AT_FLOOR}"
     if table.marks_unchecked:
-        yield f"† has not passed `gradiometer check`: {CLAIM}"
+        yield f"† has not passed a check by the harness: {CLAIM}"
     elif not any(line.checked for line in table.lines):
-        yield f"No estimator here has passed `gradiometer check`: of each, {CLAIM}"
+        yield f"No estimator here has passed a check by the harness: of each, {CLAIM}"

@@ -153,9 +153,7 @@ def _notes(
         yield f"‡ {AT_FLOOR}"
     if lines and not all(line.checked for line in lines.values()):
         some = any(line.checked for line in lines.values())
-        yield (
-            "† not checked (gradiometer check)." if some else "No estimator here has been checked (gradiometer check)."
-        )
+        yield "† not checked by the harness." if some else "No estimator here has been checked by the harness."
     if left_out := ", ".join(left_out):
         yield f"Left out, since this terminal is too narrow: {left_out}."
     yield from (
