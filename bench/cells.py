@@ -35,7 +35,7 @@ HARNESS = (
     "bench.gradients",
     "bench.outer",
     "bench.folding",
-    "bench.batched", "bench.outer", "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs",
+    "bench.batched",  "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs",
     "bench.statistics", "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys",
     "bench.models.protocol",
 )  # fmt: skip

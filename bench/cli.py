@@ -192,6 +192,9 @@ def compare(folders: tuple[Path, ...], metric: str, baseline: str) -> None:
         raise RequestError(f"unknown metric {metric!r}{_nearest(metric, METRICS)}")
     rows = pd.concat([store.load(folder) for folder in folders], ignore_index=True)
     rows = rows.drop_duplicates(["cell", "group", "metric", "step"])  # of a cell that several folders hold
+    measured = set(rows["estimator"])
+    if baseline not in measured and (canonical := _canonical(baseline)) in measured:
+        baseline = canonical
     _console().print(table(ratios(rows, metric, baseline), metric, baseline))
 
 
@@ -209,7 +212,8 @@ def report(folder: Path, formats: str) -> None:
     written = reports.write(
         rows, folder, [word.strip() for word in formats.split(",") if word.strip()], store.machine(folder)
     )
-    click.echo(f"{len(written)} files; open {folder / 'report.html'}" if "html" in formats else f"{len(written)} files")
+    count = f"{len(written)} file{'s' if len(written) != 1 else ''}"
+    click.echo(f"{count}; open {folder / 'report.html'}" if "html" in formats else count)
 
 
 @main.command()
@@ -292,6 +296,14 @@ def _console() -> Any:
 
     # A pipe has no width: 120 columns hold the table.
     return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _canonical(word: str) -> str:
+    """The word as rows have it, where it can be read: ``nvi:levels=2`` is stored as ``nvi`` if that is its default."""
+    try:
+        return _word(word)
+    except (RequestError, ImportError):  # a stranger's estimator, or no torch here
+        return word
 
 
 def _word(word: str) -> str:

@@ -18,7 +18,6 @@ from pebble import ProcessExpired, ProcessPool
 
 from gradiometer.bench import machine, store
 from gradiometer.bench.cells import Cell
-from gradiometer.bench.errors import RequestError
 from gradiometer.estimators.registry import load_plugin
 
 TIMED = ("cost", "training")  # kinds whose rows hold seconds: never beside another cell
@@ -87,10 +86,11 @@ def _run_batch(
 ) -> None:
     pool = ProcessPool(workers, context=get_context("spawn"), initializer=_start)
     try:
-        pending: dict[Future[Outcome], tuple[Cell, float]] = {
-            pool.schedule(_work, args=(cell, folder, list(plugins)), timeout=limit): (cell, limit)
-            for cell, limit in batch
-        }
+        with _spared_by_interrupts():
+            pending: dict[Future[Outcome], tuple[Cell, float]] = {
+                pool.schedule(_work, args=(cell, folder, list(plugins)), timeout=limit): (cell, limit)
+                for cell, limit in batch
+            }
         for future in _as_completed(list(pending)):
             cell, limit = pending[future]
             tell(_outcome(future, cell, limit, folder))
@@ -100,6 +100,19 @@ def _run_batch(
         raise
     finally:
         pool.join()
+
+
+@contextlib.contextmanager
+def _spared_by_interrupts() -> Iterator[None]:
+    """Processes that start here ignore Ctrl-C from their first moment, without a traceback while they import."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _as_completed(futures: list[Future[Outcome]]) -> Iterator[Future[Outcome]]:
@@ -121,9 +134,7 @@ def _outcome(future: Future[Outcome], cell: Cell, limit: float, folder: Path) ->
             if killed
             else f"its process died (exit code {error.exitcode})"
         )
-    except RequestError:
-        raise  # its rows could not be written
-    except Exception as error:  # the worker could not begin, or all of them are gone
+    except Exception as error:  # the worker could not begin or not write, or all of them are gone
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     store.write_cell(folder, cell.key, cell.without_numbers("failed", reason), machine.describe())
     return Outcome(cell, "failed", reason)

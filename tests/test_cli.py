@@ -262,6 +262,10 @@ def test_comparisons_that_cannot_be_are_one_sentence(results: Path, refusal: Ref
     )
 
 
+def test_a_baseline_may_be_written_as_it_was_asked_for(results: Path, gradiometer: Command) -> None:
+    assert gradiometer("compare", results, "--baseline", "iwae:K=02").exit_code == 0
+
+
 def test_unknown_formats_are_one_sentence(results: Path, refusal: Refusal, gradiometer: Command) -> None:
     assert "unknown report format 'htm': did you mean 'html'?" in refusal("report", results, "--format", "htm")
     assert "no report format is named" in refusal("report", results, "--format", "")

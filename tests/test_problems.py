@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_reference_run_is_the_same_bytes_wherever_and_on_however_many_threads(
     quick: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    train, threads = named.train, []
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return train(*arguments)
+
+    monkeypatch.setattr(named, "train", watched)
     torch.set_num_threads(2)
     torch.manual_seed(1)
     named_problem("digits-vae@late")
@@ -61,6 +69,7 @@ def test_a_reference_run_is_the_same_bytes_wherever_and_on_however_many_threads(
     torch.set_num_threads(1)
     torch.manual_seed(2)
     named_problem("digits-vae@init")
+    assert threads == [1, 1]  # so small a model may not show it
     first, second = contents(quick), contents(again)
     assert [name.partition("-vae@")[2][:5] for name in first] == ["early", "init-", "late-"]
     assert first == second

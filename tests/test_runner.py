@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 
 from gradiometer.bench import cells as cells_module
-from gradiometer.bench import store
+from gradiometer.bench import named, store
 from gradiometer.bench.cells import FLOORS, HARNESS, Cell
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.runner import finished
@@ -257,7 +257,10 @@ def test_a_run_that_is_killed_loses_at_most_the_cells_in_flight(
     wait_until(lambda: len(list(folder.glob("*.json"))) >= 2 or process.poll() is not None)
     workers = children(process.pid)
     assert workers
-    process.send_signal(how)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal sends it: to the workers, too
+    else:
+        process.send_signal(how)
     _, said = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9}.get(how, 130)
     if how != signal.SIGKILL:
@@ -274,6 +277,21 @@ def test_a_run_that_is_killed_loses_at_most_the_cells_in_flight(
     assert all(path.read_bytes() == content for path, content in kept.items())
     gradiometer("run", asked, "--out", tmp_path / "whole", "--plugin", patient)
     assert stored(tmp_path / "cut") == stored(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc for the workers of a run")
+def test_an_interrupt_while_workers_start_is_one_line(tmp_path: Path) -> None:
+    asked = suite(tmp_path / "mine.toml", "iwae:K=2", "stl")
+    command = [sys.executable, "-m", "gradiometer.bench.cli", "run", asked, "--out", tmp_path / "out", "--jobs", "2"]
+    process = subprocess.Popen(list(map(str, command)), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    wait_until(
+        lambda: len(children(process.pid)) >= 3 or process.poll() is not None
+    )  # two, and what cleans up after them
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "\ninterrupted; finished cells are kept, and the same command goes on from here\n"
 
 
 # Keys.
@@ -345,6 +363,9 @@ def test_every_field_and_everything_behind_a_number_is_in_the_key(monkeypatch: p
         patch.setattr(cells_module, "processor", lambda: "another machine")
         assert Cell(**base).key == keys[0]  # moments belong to no machine, seconds do
         assert Cell(**(base | changes[1])).key != keys[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(named, "HELD_OUT", 16)
+        assert Cell(**(base | changes[-2])).key != keys[-2]
     source = cells_module._source
     for module in (*FLOORS, *HARNESS):
         with monkeypatch.context() as patch:
