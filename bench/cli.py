@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from gradiometer.bench.console import Commands, Echo, Progress, screen, summarize
+from gradiometer.bench.data.registry import nearest
 from gradiometer.bench.errors import RequestError
 
 THINGS = ("estimators", "problems", "suites", "metrics", "datasets")
@@ -23,37 +23,6 @@ PLUGIN = click.option(
 )
 
 
-class Commands(click.Group):
-    """Turns requests that cannot be carried out into one sentence and exit status 2."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in self.commands:
-            raise _Refusal(f"unknown command {args[0]!r}{_nearest(args[0], self.commands)}")
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except RequestError as error:
-            raise _Refusal(str(error)) from None
-        except click.NoSuchOption as error:
-            name = (error.ctx.command.name if error.ctx else None) or "gradiometer"
-            known = [word for p in error.ctx.command.params for word in p.opts] if error.ctx else []
-            raise _Refusal(f"{name} has no option {error.option_name}{_nearest(error.option_name, known)}") from None
-        except click.UsageError as error:
-            raise _Refusal(error.format_message().replace("Error: ", "").rstrip(".")) from None
-        except BrokenPipeError:
-            sys.stderr.close()
-            raise SystemExit(0) from None
-
-
-class _Refusal(click.ClickException):
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"gradiometer: {self.message}", err=True)
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="gradiometer", prog_name="gradiometer")
 def main() -> None:
@@ -61,7 +30,7 @@ def main() -> None:
     logger = logging.getLogger("gradiometer")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
-        logger.addHandler(_Echo())
+        logger.addHandler(Echo())
 
 
 @main.command("list")
@@ -70,7 +39,7 @@ def main() -> None:
 def list_(what: str | None, plugins: tuple[str, ...]) -> None:
     """Show what there is to measure."""
     if what and what not in THINGS:
-        raise RequestError(f"nothing to list is called {what!r}{_nearest(what, THINGS)}")
+        raise RequestError(f"nothing to list is called {what!r}{nearest(what, THINGS)}")
     _load(plugins)
     for thing in [what] if what else THINGS:
         if not what:
@@ -117,13 +86,13 @@ def run(
     store.open_for_writing(folder)
     click.echo(f"{content.title}: {len(cells)} cells into {folder}")
     store.write_index(folder, name, content.title, content.description, [cell.key for cell, _ in cells])
-    with _progress(len(cells)) as tell, runner.interruptible():
+    with Progress(len(cells)) as tell, runner.interruptible():
         try:
             outcomes = runner.run(cells, folder, jobs=jobs, plugins=plugins, report=tell)
         except KeyboardInterrupt:
             click.echo("\ninterrupted; finished cells are kept, and the same command goes on from here", err=True)
             raise SystemExit(130) from None
-    raise SystemExit(_summarize(outcomes, folder))
+    raise SystemExit(summarize(outcomes, folder))
 
 
 @main.command()
@@ -158,7 +127,7 @@ def measure(
 
     for name in metrics:
         if name not in METRICS:
-            raise RequestError(f"unknown metric {name!r}{_nearest(name, METRICS)}")
+            raise RequestError(f"unknown metric {name!r}{nearest(name, METRICS)}")
         if name.startswith("test_"):
             raise RequestError(f"{name} is measured along training: run a suite with a [[training]] block")
     from gradiometer.bench.cells import Cell
@@ -189,13 +158,13 @@ def compare(folders: tuple[Path, ...], metric: str, baseline: str) -> None:
     from gradiometer.bench.metrics import METRICS
 
     if metric not in METRICS:
-        raise RequestError(f"unknown metric {metric!r}{_nearest(metric, METRICS)}")
+        raise RequestError(f"unknown metric {metric!r}{nearest(metric, METRICS)}")
     rows = pd.concat([store.load(folder) for folder in folders], ignore_index=True)
     rows = rows.drop_duplicates(["cell", "group", "metric", "step"])  # of a cell that several folders hold
     measured = set(rows["estimator"])
     if baseline not in measured and (canonical := _canonical(baseline)) in measured:
         baseline = canonical
-    _console().print(table(ratios(rows, metric, baseline), metric, baseline))
+    screen().print(table(ratios(rows, metric, baseline), metric, baseline))
 
 
 @main.command()
@@ -224,7 +193,7 @@ def data(names: tuple[str, ...]) -> None:
 
     for name in names:
         if name not in NAMES:
-            raise RequestError(f"unknown data set {name!r}{_nearest(name, NAMES)}")
+            raise RequestError(f"unknown data set {name!r}{nearest(name, NAMES)}")
     refused = []
     for name in names or NAMES:
         try:
@@ -284,18 +253,11 @@ def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> No
         rows += made
     if out is not None:
         store.write_index(out, "measure", "One comparison", "", [cell.key for cell in cells])
-    console = _console()
+    console = screen()
     table = with_products(store.frame(rows))
     shown = {"metrics": metrics} if metrics else {}
     console.print(terminal.comparison(table, width=console.width, **shown))
     raise SystemExit(1 if (table["status"] == "failed").any() else 0)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # A pipe has no width: 120 columns hold the table.
-    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def _canonical(word: str) -> str:
@@ -332,68 +294,6 @@ def _must_exist(device: str) -> None:
         torch.ones(1, device=device).item()  # the device `meta` can be named, and holds no numbers
     except (RuntimeError, AssertionError):
         raise RequestError(f"this machine has no device {device!r}; --device cpu works everywhere") from None
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    matches = get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
-
-
-class _Echo(logging.Handler):
-    """What takes long says so on standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(record.getMessage(), err=True)
-
-
-class _progress:
-    """A bar on a terminal, a line per cell elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.total, self.done = total, 0
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        self.bar = Progress(*columns) if sys.stdout.isatty() else None
-
-    def __enter__(self) -> Callable[[Any], None]:
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task("", total=self.total)
-        return self.tell
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def tell(self, outcome: Any) -> None:
-        self.done += 1
-        said = f"{outcome.cell}: {outcome.status}" + (
-            f": {outcome.reason}" if outcome.status in ("failed", "skipped") else ""
-        )
-        if self.bar is not None:
-            self.bar.update(self.task, advance=1, description=str(outcome.cell))
-            if outcome.status in ("failed", "skipped"):
-                self.bar.print(said)
-        elif outcome.status != "kept":
-            click.echo(
-                f"[{self.done}/{self.total}] {said}" + (f" ({outcome.seconds:.1f} s)" if outcome.seconds else "")
-            )
-
-
-def _summarize(outcomes: Iterable[Any], folder: Path) -> int:
-    by: dict[str, list[Any]] = {}
-    for outcome in outcomes:
-        by.setdefault(outcome.status, []).append(outcome)
-    failed, kept = by.get("failed", []), by.get("kept", [])
-    if len(kept) == sum(map(len, by.values())):
-        click.echo(f"nothing to do: all {len(kept)} cells are finished")
-    else:
-        counts = ", ".join(f"{len(found)} {status}" for status, found in by.items())
-        click.echo(f"{counts}; next: gradiometer report {folder}")
-    for outcome in failed:
-        click.echo(f"failed: {outcome.cell}: {outcome.reason}", err=True)
-    return 1 if failed else 0
 
 
 if __name__ == "__main__":

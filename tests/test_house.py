@@ -28,6 +28,7 @@ ESTIMATOR_STAIRS = (
 BENCH_STAIRS = (
     {"errors"},
     {"data", "metrics", "statistics", "machine"},
+    {"console"},
     {"models"},
     {"outer"},
     {"moments", "gradients"},
