@@ -74,10 +74,11 @@ def draws(
 
 def active_units(model: Any, x: Tensor) -> int:
     """Latents whose posterior mean has a variance over the data `x` above 0.01 (Burda et al. 2016)."""
+    like = next(model.parameters())
     with torch.no_grad():
-        guide = model.guide(x.to(next(model.parameters())))
+        guide = model.guide(x.to(like))
         try:
             means = guide.mean
         except NotImplementedError:
-            means = Rng(0, 0, "units", block=1).sample(guide, 64).mean(0)
+            means = Rng(0, 0, "units", like.device, block=1).sample(guide, 64).mean(0)
     return int((means.var(0) > 0.01).sum())

@@ -35,7 +35,8 @@ def train(model: Any, estimator: Estimator, dataset: Dataset, recipe: Recipe) ->
     Time that the caller spends between two yields is not counted.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    state = initial_state(estimator, model, dataset.train[: recipe.batch], recipe.seed)
+    device = next(model.parameters()).device
+    state = initial_state(estimator, model, dataset.train[: recipe.batch].to(device), recipe.seed)
     parameters = trainable(model, state)
     everything = [p for members in parameters.values() for p in members.values()]
     optimizer = torch.optim.Adam(everything, recipe.learning_rate)
@@ -44,8 +45,10 @@ def train(model: Any, estimator: Estimator, dataset: Dataset, recipe: Recipe) ->
     for step in range(recipe.steps):
         began = time.perf_counter()
         indices = torch.randint(len(dataset.train), (recipe.batch,), generator=generator)
-        x = dataset.batch(indices, generator)
-        learning_step(estimator, model, x, Rng(recipe.seed, step, "train", block=1), state, parameters, optimizer)
+        x = dataset.batch(indices, generator).to(device)
+        learning_step(
+            estimator, model, x, Rng(recipe.seed, step, "train", device, block=1), state, parameters, optimizer
+        )
         spent += time.perf_counter() - began
         yield step + 1, spent
 
