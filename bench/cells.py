@@ -32,12 +32,9 @@ from gradiometer.estimators.weights import log_mean_exp
 # What can change a number: these modules, the estimator's own and what its words name. Comments do not count.
 FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
 HARNESS = (
-    "bench.gradients",
-    "bench.outer",
-    "bench.folding",
-    "bench.batched",  "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs",
-    "bench.statistics", "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys",
-    "bench.models.protocol",
+    "bench.gradients", "bench.outer", "bench.batched", "bench.folding", "bench.replicates", "bench.moments",
+    "bench.measurement", "bench.training", "bench.costs", "bench.statistics", "bench.problems", "bench.cells",
+    "bench.models.layers", "bench.models.vae", "bench.models.toys", "bench.models.protocol",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EVALUATION_PARTICLES = 64

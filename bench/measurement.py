@@ -160,8 +160,8 @@ def measure(
         seed: of the noise; the same seed gives the same noise to every estimator.
         engine: "rows" batches replicates, "loop" takes one at a time, "auto" chooses by the model and by B x K.
         device, dtype: where and how precisely the gradients are computed; moments of all are float64.
-        reference: the estimator whose mean gradient `cosine` refers to; this one's own if None.
-        chunk: replicates per batch; from B, K and the number of parameters if None.
+        reference: the estimator whose mean gradient is the direction of `cosine` and `directional_snr`; this one's own if None.
+        chunk: replicates per batch; from B and K if None.
 
     Raises:
         ValueError: the problem lacks what the estimator needs, or there are too few replicates.

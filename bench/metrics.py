@@ -71,7 +71,7 @@ def snr_corrected(g: PooledMoments) -> float:
 def directional_snr(along: Array, squared: Array) -> float:
     """Signal along the mean gradient's direction against everything across it, ``mean of |g.u| / |g - (g.u) u|``.
 
-    ``u`` is the direction of the mean over the first half of the replicates, the mean of the ratio over the second half
+    ``u`` is the reference direction of `cosine`, and the ratio is averaged over replicates of the second half
     (Rainforth et al. 2018).
     """
     across = np.sqrt(np.maximum(squared - along**2, 0.0))
@@ -258,6 +258,5 @@ _TRAINING = (
 )
 GRADIENT = MappingProxyType({m.name: m for m in _MOMENTS})
 PROJECTION = MappingProxyType({m.name: m for m in _PROJECTIONS})
-VALUE = MappingProxyType({m.name: m for m in _VALUES})
 COST = MappingProxyType({m.name: m for m in _COSTS})
 METRICS = MappingProxyType({m.name: m for m in (*_VALUES, *_MOMENTS, *_PROJECTIONS, *_COSTS, *_TRAINING)})
