@@ -112,8 +112,8 @@ class Estimator(ABC):
             raise ValueError(f"{self.facts.name} needs K >= {least}, not K={self.K}")
 
     def __str__(self) -> str:
-        """The word that `parse` reads back: K unless it is 1, and every other field that is not at its default."""
-        shown = [f for f in fields(self) if getattr(self, f.name) != (1 if f.name == "K" else f.default)]
+        """The word that `parse` reads back: K unless it is 1 by default, and every other field that is not at its default."""
+        shown = [f for f in fields(self) if getattr(self, f.name) != f.default or (f.name == "K" and f.default != 1)]
         settings = ",".join(f"{f.name}={getattr(self, f.name)}" for f in shown)
         return f"{self.facts.name}:{settings}" if settings else self.facts.name
 

@@ -573,3 +573,12 @@ def test_words_are_read_as_they_are_printed() -> None:
 def test_wrong_words_are_answered_in_a_sentence(word: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence.replace("?", r"\?")):
         parse(word)
+
+
+@pytest.mark.parametrize("K", [1, 2, 8])
+@pytest.mark.parametrize("name", sorted(catalogue()))
+def test_the_printed_word_stands_for_the_same_estimator(name: str, K: int) -> None:
+    if catalogue()[name].facts.least_particles <= K:
+        estimator = parse(f"{name}:K={K}")
+        assert parse(str(estimator)) == estimator
+        assert f"K={K}" in str(estimator) or K == 1
