@@ -1,108 +1,205 @@
-"""Many replicates as the rows of one batch.
-
-Of every linear layer the inputs and the gradients of the outputs are kept, and each replicate's weight gradient is the product of
-the rows that are its own (`Outer`). The guide sees the data and no noise, so its networks run once: every replicate has
-gradients of its own with respect to the guide's distribution, and these are carried through the networks side by side.
-"""
+"""Draws of many replicates at once, as factors: of weighted estimators together, of every other estimator by its own terms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
+from gradiometer.bench.calls import Call
 from gradiometer.bench.gradients import Draw, Parameters, surrogates
-from gradiometer.bench.outer import Outer
-from gradiometer.estimators.base import Estimator, State, Weighted
-from gradiometer.estimators.noise import Rng, rebuilt
-
-Call = tuple[nn.Linear, Tensor, Tensor]
-"""A linear layer, what it was given, and what it gave."""
+from gradiometer.bench.tape import Network, NotRows, Pass, Tape, gradient
+from gradiometer.estimators.base import Coefficients, Estimator, State, Weighted
+from gradiometer.estimators.noise import Rng
 
 
-class NotRows(Exception):
-    """Replicates cannot be rows of one batch here; the message names the layer or parameter."""
+def together(estimators: Sequence[Estimator]) -> bool:
+    """Whether one pass serves these estimators: they are given by columns of the same particles' weights alone."""
+    return all(
+        isinstance(e, Weighted) and type(e).surrogate is Weighted.surrogate and e.K == estimators[0].K
+        for e in estimators
+    )
 
 
-def rows(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State, parameters: Parameters) -> Draw:
-    """A draw for every replicate of `rng` at once, ``{name: [r, *shape]}``, from ``x [B, ...]``; `factors` multiplied out."""
-    draw = factors(estimator, model, x, rng, state, parameters)
-    dense = {name: g.dense() if isinstance(g, Outer) else g for name, g in draw.gradients.items()}
-    return Draw(dense, draw.log_w)
+class Batch:
+    """One estimator, or several that go `together`, on a model held still: `draw` makes many replicates at once.
 
-
-def factors(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State, parameters: Parameters) -> Draw:
-    """A draw for every replicate of `rng` at once, with the gradients of weights as factors.
+    Args:
+        estimators: whose gradients are wanted.
+        model, x: the problem, ``x [B, ...]``.
+        states: their memories.
+        parameters: of the model, and of what a single estimator learns.
 
     Raises:
-        NotRows: a parameter that is not a linear layer's, or a layer whose rows are not ``[..., R, B, features]``.
+        NotRows: a parameter or a layer whose replicates cannot be told apart.
     """
-    assert isinstance(rng.replicates, range)
-    R = len(rng.replicates)
-    log_w = None
-    tape = _Tape(model, state, parameters, R)
-    expanded = x.expand(R, *x.shape)  # [R, B, ...]
-    with tape.recording():
-        view = _OneGuide(model, expanded, tape)
-        if isinstance(estimator, Weighted) and type(estimator).surrogate is Weighted.surrogate:
-            log_w = _weighted(estimator, view, expanded, rng, state, tape)
-        else:
-            for surrogate in surrogates(estimator, view, expanded, rng, state):
-                for group, term in surrogate.terms.items():
-                    if term.requires_grad:
-                        if term.shape[:1] != (R,):
-                            raise NotRows(f"the term of group {group!r} has shape {tuple(term.shape)}, not (R, B)")
-                        tape.ascend(group, term.flatten(1).mean(1).sum())
-                log_w = surrogate.log_w if surrogate.log_w is not None else log_w
-    return Draw(tape.finished(), log_w)
+
+    def __init__(
+        self, estimators: Sequence[Estimator], model: Any, x: Tensor, states: Sequence[State], parameters: Parameters
+    ) -> None:
+        self.estimators, self.model, self.x, self.states = estimators, model, x, states
+        self.by_columns = together(estimators)
+        learned = states[0].learned if len(estimators) == 1 else {}
+        self.network = Network(getattr(model, "_model", model), learned, parameters, len(x))
+        if self.by_columns and not self._guide_is_known():
+            if len(estimators) > 1:
+                raise NotRows("the guide is not known by its parameters")
+            self.by_columns = False
+        two, three = self._calls(2), self._calls(3)
+        self.network.find_axes([call.rows for call in two], [call.rows for call in three])
+        held = sum(4 * call.output.numel() + (2 + len(estimators)) * call.inputs.numel() for call in two)
+        self.bytes_each = max(1, held // 2 * x.element_size())  # of a replicate: layers, their gradients, weighted inputs
+
+    def draw(self, rng: Rng) -> Pass:
+        """Gradients of every replicate of `rng`, those of weights as factors."""
+        assert isinstance(rng.replicates, range)
+        tape = Tape(self.network, len(rng.replicates), len(self.estimators))
+        with tape.recording():
+            log_w = self._ascend(tape, rng)
+        return tape.finished(log_w)
+
+    def _ascend(self, tape: Tape, rng: Rng) -> Tensor | None:
+        x = self.x.expand(tape.R, *self.x.shape)  # [R, B, ...]
+        if self.by_columns:
+            return self._weigh(_Particles(self, tape, x, rng), x, tape)
+        log_w = None
+        model = _OneGuide(self.model, x, tape)
+        for surrogate in surrogates(self.estimators[0], model, x, rng, self.states[0]):
+            for group, term in surrogate.terms.items():
+                if term.requires_grad:
+                    if term.shape[:1] != (tape.R,):
+                        raise NotRows(f"the term of group {group!r} has shape {tuple(term.shape)}, not (R, B)")
+                    tape.ascend(group, term.flatten(1).mean(1).sum())
+            log_w = surrogate.log_w if surrogate.log_w is not None else log_w
+        return log_w
+
+    def _weigh(self, drawn: _Particles, x: Tensor, tape: Tape) -> Tensor:
+        """One backward pass for all columns: the gradient of each row is its column times the plain one.
+
+        The rows of log p(x, z) and of log q(z|x) are independent, so the derivatives of their plain sums, with respect to the
+        layers' outputs and to z, only need weighting by the columns afterwards.
+        """
+        made = []
+        for estimator, state in zip(self.estimators, self.states, strict=True):
+            assert isinstance(estimator, Weighted)
+            of = estimator.coefficients(drawn.log_w - estimator.baseline(x, state))
+            made.append(Coefficients(*(None if c is None else c / x.shape[1] for c in (of.generative, of.pathwise, of.score))))  # type: ignore[arg-type]
+        by_z = _generative(tape, drawn, [of.generative for of in made])
+        _inference(tape, drawn, by_z, made)
+        return drawn.log_w
+
+    def _guide_is_known(self) -> bool:
+        tape = Tape(self.network, 2)
+        try:
+            with tape.recording():
+                tape.guide(lambda: self.model.guide(self.x[None]))
+        except NotImplementedError:
+            self.network.guide = None
+            return False
+        return True
+
+    def _calls(self, R: int) -> list[Call]:
+        """All calls of layers that a pass over so many replicates makes."""
+        tape, rng = Tape(self.network, R), Rng(0, range(R), "shapes", self.x.device)
+        x = self.x.expand(R, *self.x.shape)
+        with tape.recording():
+            if self.by_columns:
+                _Particles(self, tape, x, rng)
+            else:
+                list(surrogates(self.estimators[0], _OneGuide(self.model, x, tape), x, rng, self.states[0]))
+        return tape.calls
 
 
-def _weighted(estimator: Weighted, model: Any, x: Tensor, rng: Rng, state: State, tape: _Tape) -> Tensor:
-    """A weighted estimator from one backward pass through the model: each row's gradient is its column times the plain one.
+class _Particles:
+    """The particles of a pass with their densities, and which calls of layers made what."""
 
-    The rows of log p(x, z) are independent, so the derivatives of their plain sum, with respect to the layers' outputs and to
-    z, only need scaling by ``a`` and by ``b`` afterwards.
-    """
-    q = model.guide(x)
-    before = len(tape.calls)
-    pathwise = "rsample" in estimator.facts.needs
-    z = rng.rsample(q, estimator.K) if pathwise else rng.sample(q, estimator.K)  # [K, R, B, *event]
-    at = z.detach().requires_grad_(pathwise)
-    log_p, log_q = model.log_joint(x, at), q.log_prob(at)  # [K, R, B]
-    log_w = (log_p - log_q).detach()
-    columns = estimator.coefficients(log_w - estimator.baseline(x, state))
-    B = x.shape[1]
-    a, b, c = columns.generative / B, columns.pathwise, columns.score
-    calls = tape.of_group("generative", tape.calls[before:])
+    def __init__(self, batch: Batch, tape: Tape, x: Tensor, rng: Rng) -> None:
+        pathwise = any("rsample" in e.facts.needs for e in batch.estimators)
+        q = tape.guide(lambda: batch.model.guide(x[:1]), particles=batch.estimators[0].K)  # (K, R, B)
+        self.z = rng.rsample(q) if pathwise else rng.sample(q)  # [K, R, B, *event]
+        self.at, drawn = self.z.detach().requires_grad_(pathwise), len(tape.calls)
+        self.log_q, scored = q.log_prob(self.at), len(tape.calls)
+        self.log_p = batch.model.log_joint(x, self.at)  # [K, R, B]
+        self.log_w = (self.log_p - self.log_q).detach()
+        self.drawing, self.scoring, self.joining = tape.calls[:drawn], tape.calls[drawn:scored], tape.calls[scored:]
+        self.by_z = [self.at] if pathwise else []
+
+
+def _generative(tape: Tape, drawn: _Particles, columns: Sequence[Tensor]) -> Tensor | None:
+    """Put the model's own gradients on the tape, once for each distinct column; returns the plain derivative by z."""
+    kept, owners = _distinct(columns)
+    log_p = drawn.log_p
+    mine, free = tape.of_group("generative", drawn.joining), tape.free_of("generative")
+    K, R, B = log_p.shape
+    alike = [log_p.shape, (K * R * B,), *([(R, B)] if K == 1 else [])]
+    by_row = [call for call in mine if call.rows in alike]
+    slopes = gradient(log_p.sum(), [*(call.output for call in by_row), *drawn.by_z])
+    tape.put(by_row, slopes[: len(by_row)], owners, kept)
     # A layer called without particles, or with more axes, has other rows than log p: it is differentiated by itself.
-    by_row = [call for call in calls if call[2].shape[:-1] == log_p.shape]
-    others = [call for call in calls if call[2].shape[:-1] != log_p.shape]
-    outputs = [output for _, _, output in by_row]
-    slopes = _grad(log_p.sum(), [*outputs, at] if b is not None else outputs)
-    tape.put(by_row, [None if s is None else _times(a, s) for s in slopes[: len(outputs)]])
-    if others:
-        tape.put(others, _grad((a * log_p).sum(), [output for _, _, output in others]))
-    terms = []
-    if b is not None:
-        (slope,) = torch.autograd.grad(-log_q.sum(), at, retain_graph=True)  # of the guide's density, parameters held
-        if slopes[-1] is not None:
-            slope = slope + slopes[-1]
-        terms.append((z * _times(b / B, slope)).sum())
-    if c is not None:
-        terms.append((c / B * q.log_prob(z.detach())).sum())
-    if terms:
-        tape.ascend("inference", torch.stack(terms).sum())
-    return log_w
+    others = [call for call in mine if call.rows not in alike]
+    if others or free:
+        for column, estimators in zip(kept, owners, strict=True):
+            found = gradient(log_p, [*(call.output for call in others), *free.values()], column)
+            tape.put(others, found[: len(others)], [estimators])
+            for name, slope in zip(free, found[len(others) :], strict=True):
+                tape.put_free(name, slope, estimators)
+    return slopes[-1] if drawn.by_z else None
+
+
+def _inference(tape: Tape, drawn: _Particles, by_z: Tensor | None, columns: Sequence[Coefficients]) -> None:
+    """Put the guide's gradients on the tape: of its density at fixed z, and through z."""
+    (guide,) = tape.guides
+    drawing, scoring = (tape.of_group("inference", calls) for calls in (drawn.drawing, drawn.scoring))
+    of_guide = gradient(drawn.log_q.sum(), [*(call.output for call in scoring), *guide.leaves, *drawn.by_z])
+    slope = None
+    if drawn.by_z:  # of log p - log q by z, the guide's parameters held
+        of_density = of_guide.pop()
+        slope = by_z if of_density is None else -of_density if by_z is None else by_z - of_density
+    through = gradient(drawn.z, [*(call.output for call in drawing), *guide.leaves], slope)
+    score, path = [of.score for of in columns], [of.pathwise for of in columns]
+    for calls, slopes, weights in ((scoring, of_guide, score), (drawing, through, path)):
+        given = [torch.zeros_like(drawn.log_w) if w is None else w for w in weights] if calls else []
+        tape.put(calls, slopes[: len(calls)], [[e] for e in range(len(columns))], given)
+    by_leaf = zip(of_guide[len(scoring) :], through[len(drawing) :], strict=True)
+    tape.carry("inference", guide, [_mixed([(score, s), (path, t)]) for s, t in by_leaf], range(len(columns)))
+
+
+def _distinct(columns: Sequence[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
+    """The columns that differ, and for each the estimators that have it."""
+    kept: list[Tensor] = []
+    owners: list[list[int]] = []
+    for estimator, column in enumerate(columns):
+        same = next((i for i, known in enumerate(kept) if torch.equal(known, column)), None)
+        if same is None:
+            kept.append(column)
+            owners.append([estimator])
+        else:
+            owners[same].append(estimator)
+    return kept, owners
+
+
+def _mixed(terms: Sequence[tuple[Sequence[Tensor | None], Tensor | None]]) -> Tensor | None:
+    """Sums over particles of rows ``[K, R, B, ...]`` weighted by each estimator's columns, ``[E * R, B, ...]``."""
+    reached = [(columns, rows) for columns, rows in terms if rows is not None]
+    if not reached:
+        return None
+    found = []
+    for estimator in range(len(reached[0][0])):
+        total = torch.zeros_like(reached[0][1][0])
+        for columns, rows in reached:
+            if (column := columns[estimator]) is not None:
+                total += (rows * column.view(*column.shape, *[1] * (rows.dim() - column.dim()))).sum(0)
+        found.append(total)
+    return torch.cat(found)
 
 
 class _OneGuide:
     """A view of a model whose guide of the data runs once, on ``[1, B]``, and is expanded to all replicates."""
 
-    def __init__(self, model: Any, x: Tensor, tape: _Tape) -> None:
+    def __init__(self, model: Any, x: Tensor, tape: Tape) -> None:
         self._model, self._x, self._tape = model, x, tape
 
     def __getattr__(self, name: str) -> Any:
@@ -111,130 +208,25 @@ class _OneGuide:
     def guide(self, x: Tensor) -> Distribution:
         if x is not self._x:  # of something else, a dream for instance: every replicate has its own
             return self._model.guide(x)
-        start = len(self._tape.calls)
         try:
-            return self._tape.cut(self._model.guide(x[:1]), start)
+            return self._tape.guide(lambda: self._model.guide(x[:1]))
         except NotImplementedError:
-            del self._tape.calls[start:]
             return self._model.guide(x)
 
 
-class _Tape:
-    """Replicate gradients by parameter, gathered from the layers' inputs and the gradients of their outputs."""
-
-    def __init__(self, model: Any, state: State, parameters: Parameters, R: int) -> None:
-        self.R = R
-        self.parameters = parameters
-        self.modules = [getattr(model, "_model", model), *state.learned.values()]
-        self.owner = {id(p): name for members in parameters.values() for name, p in members.items()}
-        self.calls: list[Call] = []  # all of them: a later surrogate may reach back into the graph of an earlier one
-        self.guides: list[tuple[list[Call], list[tuple[Tensor, Tensor]]]] = []
-        self.found: dict[str, Any] = {}
-        self._layers = {m for module in self.modules for m in module.modules() if isinstance(m, nn.Linear)}
-        linear = {id(p) for layer in self._layers for p in layer.parameters(recurse=False)}
-        for identity, name in self.owner.items():
-            if identity not in linear:
-                raise NotRows(f"parameter {name!r} does not belong to a linear layer")
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """While open, every call of a linear layer is kept."""
-
-        def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            assert isinstance(layer, nn.Linear)
-            self.calls.append((layer, inputs[0].detach(), output))
-
-        handles = [layer.register_forward_hook(record) for layer in self._layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def cut(self, q: Distribution, start: int) -> Distribution:
-        """The guide `q` ``(1, B)`` with parameters that are leaves ``[R, B, ...]``; its calls are those from `start` on.
-
-        Raises:
-            NotImplementedError: `q` is not rebuilt from its parameters.
-        """
-        pairs: list[tuple[Tensor, Tensor]] = []
-
-        def leaf(parameter: Tensor) -> Tensor:
-            if parameter.shape[:1] != (1,):
-                raise NotImplementedError("a parameter of the guide has no batch axis")
-            grown = parameter.detach().expand(self.R, *parameter.shape[1:])
-            if parameter.requires_grad:
-                pairs.append((parameter, grown.requires_grad_()))
-            return grown
-
-        made = rebuilt(q, leaf)
-        self.guides.append((self.calls[start:], pairs))
-        del self.calls[start:]
-        return made
-
-    def of_group(self, group: str, calls: Sequence[Call]) -> list[Call]:
-        """Those calls whose layer belongs to a group and whose output has a gradient."""
-        members = {id(p) for p in self.parameters.get(group, {}).values()}
-        return [call for call in calls if id(call[0].weight) in members and call[2].requires_grad]
-
-    def ascend(self, group: str, total: Tensor) -> None:
-        """Add the gradient of `total`, a sum over replicates, for the parameters of a group."""
-        mine = self.of_group(group, self.calls)
-        guides = [(calls, pairs) for known, pairs in self.guides if (calls := self.of_group(group, known))]
-        leaves = [leaf for _, pairs in guides for _, leaf in pairs]
-        slopes = _grad(total, [*(output for _, _, output in mine), *leaves])
-        self.put(mine, slopes[: len(mine)])
-        of_leaf = dict(zip(map(id, leaves), slopes[len(mine) :], strict=True))
-        for calls, pairs in guides:
-            reached = [(p, s) for p, leaf in pairs if (s := of_leaf[id(leaf)]) is not None]
-            if reached:
-                carried = torch.autograd.grad(
-                    [parameter for parameter, _ in reached],
-                    [output for _, _, output in calls],
-                    [slope.unsqueeze(1) for _, slope in reached],  # [R, 1, B, ...]
-                    is_grads_batched=True,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                self._put_shared(calls, carried)
-
-    def put(self, calls: Sequence[Call], slopes: Sequence[Tensor | None]) -> None:
-        """Add calls whose rows are ``[..., R, B, features]``, given the gradients of their outputs."""
-        for (layer, inputs, _), slope in zip(calls, slopes, strict=True):
-            if slope is not None:
-                if slope.dim() < 3 or slope.shape[-3] != self.R or inputs.shape[-3] != self.R:
-                    name, shape = self.owner[id(layer.weight)], tuple(inputs.shape)
-                    raise NotRows(f"{name!r} was called on shape {shape}, which has no replicate axis")
-                self._add(layer, *(t.movedim(-3, 0).reshape(self.R, -1, t.shape[-1]) for t in (inputs, slope)))
-
-    def _put_shared(self, calls: Sequence[Call], slopes: Sequence[Tensor | None]) -> None:
-        for (layer, inputs, _), slope in zip(calls, slopes, strict=True):
-            if slope is not None:
-                self._add(layer, inputs.reshape(1, -1, inputs.shape[-1]), slope.reshape(self.R, -1, slope.shape[-1]))
-
-    def _add(self, layer: nn.Linear, inputs: Tensor, slope: Tensor) -> None:
-        made: list[tuple[Tensor, Any]] = [(layer.weight, Outer(inputs, slope))]
-        if layer.bias is not None:
-            made.append((layer.bias, slope.sum(1)))
-        for parameter, gradient in made:
-            name = self.owner[id(parameter)]
-            self.found[name] = self.found[name] + gradient if name in self.found else gradient
-
-    def finished(self) -> dict[str, Any]:
-        """All gradients; zeros where nothing was added."""
-        for members in self.parameters.values():
-            for name, p in members.items():
-                if name not in self.found:
-                    self.found[name] = p.new_zeros(self.R, *p.shape)
-        return self.found
+def rows(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State, parameters: Parameters) -> Draw:
+    """A draw for every replicate of `rng` at once, ``{name: [r, *shape]}``, from ``x [B, ...]``; factors multiplied out."""
+    return dense(Batch([estimator], model, x, [state], parameters).draw(rng), 0, parameters)
 
 
-def _times(column: Tensor, slope: Tensor) -> Tensor:
-    """Rows ``[K, R, B, ...]`` times their weights ``[K, R, B]``."""
-    return slope * column.reshape(*column.shape, *[1] * (slope.dim() - column.dim()))
+def dense(made: Pass, estimator: int, parameters: Parameters) -> Draw:
+    """The draw of one estimator of a pass, multiplied out."""
+    R = next(len(block) for block in made.blocks.values())
+    found = made.parts[estimator]
+    gradients = {
+        name: found[name].of(made.blocks[found[name].block]) if name in found else p.new_zeros(R, *p.shape)
+        for members in parameters.values()
+        for name, p in members.items()
+    }
+    return Draw(gradients, made.log_w)
 
-
-def _grad(total: Tensor, wanted: Sequence[Tensor]) -> list[Tensor | None]:
-    if not wanted or not total.requires_grad:
-        return [None] * len(wanted)
-    return list(torch.autograd.grad(total, list(wanted), retain_graph=True, allow_unused=True))

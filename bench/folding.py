@@ -1,24 +1,22 @@
-"""Folds draws, as they come, into what a measurement keeps: shard moments, projections, and scalars per replicate."""
+"""Folds passes, as they come, into what a measurement keeps: shard moments, projections, and scalars per replicate."""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradiometer.bench.gradients import Draw
-from gradiometer.bench.moments import Accumulator, Array
-from gradiometer.bench.outer import Outer
+from gradiometer.bench.gradients import Parameters
+from gradiometer.bench.moments import Accumulator, Array, Moments, Projections, Traces, accumulator, shards, zero
+from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.noise import BLOCK
 from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
 
 PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
-Directions = Mapping[str, Mapping[str, Tensor]]
-"""Unit vectors: ``{group: {name: [*shape]}}``, float64."""
 
 
 class Failure(RuntimeError):
@@ -26,129 +24,181 @@ class Failure(RuntimeError):
 
 
 class Folding:
-    """Takes draws in any chunks and sorts their replicates into shards.
+    """Takes passes of any size and sorts their replicates into shards.
 
     Args:
-        estimator: whose objective is evaluated.
-        parameters: ``{group: {name: parameter}}``.
-        shards: contiguous ranges of replicates.
+        estimators: those of the passes, whose objectives are evaluated.
+        parameters: of each of them, ``{group: {name: parameter}}``.
+        replicates: how many there are at first; the second half of them is projected on directions from the first.
+        traces: keep squared norms in the place of every coordinate's second moment.
     """
 
     def __init__(
-        self, estimator: Estimator, parameters: Mapping[str, Mapping[str, nn.Parameter]], shards: Sequence[range]
+        self, estimators: Sequence[Estimator], parameters: Sequence[Parameters], replicates: int, traces: bool = False
     ) -> None:
-        self.estimator, self.shards = estimator, list(shards)
-        self.groups = {group: tuple(members) for group, members in parameters.items()}
-        self.sums = {
-            name: Accumulator(p.shape, len(shards), p.dtype, p.device)
-            for members in parameters.values()
-            for name, p in members.items()
-        }
-        self.directions: Directions | None = None
-        self._scalars: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in shards]
-        self._projected = [0] * len(shards)
+        self.estimators, self.parameters, self.traces = list(estimators), list(parameters), traces
+        self.replicates = 0
+        self.number = len(shards(replicates))
+        self.sums: dict[str, Accumulator] = {}
+        self.parts: list[dict[str, Part]] = []
+        self._towards: dict[str, Tensor] = {}
+        self._shards: list[tuple[range, int]] = []
+        self._scalars: list[list[dict[str, list[Tensor]]]] = [
+            [defaultdict(list) for _ in range(self.number)] for _ in estimators
+        ]
+        self._to_project = [0] * self.number
+        self._finished: dict[tuple[object, ...], Moments] = {}
+        self.extend(replicates)
 
     @property
     def half(self) -> int:
-        """The first shard of the second half, whose replicates are projected on directions from the first."""
-        return len(self.shards) // 2
+        """The first shard of the second half."""
+        return self.number // 2
 
-    def add(self, draw: Draw, replicates: range) -> None:
-        """Fold the draw of a range of replicates.
+    @property
+    def middle(self) -> int:
+        """The first replicate of the second half."""
+        return self._shards[self.half][0].start
+
+    def extend(self, replicates: int) -> range:
+        """Expect more replicates, spread over the shards; returns which."""
+        start = self.replicates
+        self._shards += [
+            (range(start + part.start, start + part.stop), number)
+            for number, part in enumerate(shards(replicates, self.number))
+        ]
+        self.replicates += replicates
+        return range(start, self.replicates)
+
+    def add(self, made: Pass, replicates: range) -> None:
+        """Fold the gradients of a range of replicates.
 
         Raises:
-            Failure: a gradient is not finite.
+            NotRows: estimators that shared a column of weights no longer do, or terms come and go between replicates.
         """
+        if not self.sums:
+            self._begin(made)
+        if made.parts != self.parts:
+            raise NotRows("what its gradients are made of changes between replicates")
+        self._finished.clear()
         for number, rows in self._pieces(replicates):
-            gradients = {name: gradient[rows] for name, gradient in draw.gradients.items()}
-            for name, gradient in gradients.items():
-                self.sums[name].fold(number, gradient)
-            kept = self._scalars[number]
-            if draw.log_w is not None:
-                for name, values in per_replicate(self.estimator, draw.log_w[:, rows]).items():
-                    kept[name].append(values)
-            left = max(PROJECTED, len(self.shards[number]) // 8) - self._projected[number]
-            if number >= self.half and left > 0:
-                assert self.directions is not None
-                for name, values in projected(gradients, self.groups, self.directions, left).items():
-                    kept[name].append(values)
-                self._projected[number] += min(left, rows.stop - rows.start)
-            if replicates.stop >= self.shards[number].stop:
-                self._must_be_finite(number)
+            wanted = min(rows.stop - rows.start, self._to_project[number])
+            self._to_project[number] -= wanted
+            projections = {
+                name: self.sums[name].fold(number, block[rows], self._towards[name] if wanted else None, wanted)
+                for name, block in made.blocks.items()
+            }
+            if made.log_w is not None:
+                self._observe(number, made.log_w[:, rows])
+            if wanted:
+                self._keep(number, projections, wanted)
 
-    def mean_directions(self) -> Directions:
-        """The directions of the groups' mean gradients over the first half."""
-        means = {name: accumulator.mean(self.half) for name, accumulator in self.sums.items()}
-        return {group: direction({name: means[name] for name in members}) for group, members in self.groups.items()}
+    def project(self, means: Mapping[str, Tensor] | None = None) -> None:
+        """Project the second half on the directions of mean gradients: given ones, or the estimators' own over the first half."""
+        own = {block: accumulator.mean(self.half) for block, accumulator in self.sums.items()}
+        self._towards = {block: torch.zeros_like(mean) for block, mean in own.items()}
+        known = set()  # estimators that share columns share the direction
+        for e, parameters in enumerate(self.parameters):
+            for group in parameters:
+                parts = dict(self._of(e, group))
+                key = tuple((part.block, part.columns.start) for part in parts.values())
+                if key in known:
+                    continue
+                known.add(key)
+                places = {name: self._towards[part.block][..., part.columns] for name, part in parts.items()}
+                for name, part in parts.items():
+                    if means is None:
+                        places[name].copy_(own[part.block][..., part.columns])
+                    elif name in means:
+                        places[name].copy_(means[name].reshape(places[name].shape))
+                _normalize(list(places.values()))
+        for number in range(self.half, self.number):
+            self._to_project[number] = max(PROJECTED, len(self._shards[number][0]) // 8)
 
-    def samples(self) -> dict[str, list[Array]]:
+    def moments(self, estimator: int) -> dict[str, Moments]:
+        """By parameter.
+
+        Raises:
+            Failure: a gradient was not finite.
+            Cancelled: traces were wanted, and the noise is too small to be told from squared norms.
+        """
+        count = next(iter(self.sums.values())).count
+        found = {}
+        for members in self.parameters[estimator].values():
+            for name, p in members.items():
+                part = self.parts[estimator].get(name)
+                key = (None, 0, p.shape) if part is None else (part.block, part.columns.start, p.shape)
+                if key not in self._finished:
+                    self._finished[key] = zero(p.shape, count) if part is None else self._of_part(name, part)
+                found[name] = self._finished[key]
+        return found
+
+    def _of_part(self, name: str, part: Part) -> Moments:
+        found = self.sums[part.block].moments(part.columns, part.shape)
+        if not np.isfinite(found.sums.variance):
+            number = self.sums[part.block].first_not_finite(part.columns)
+            shard = next(shard for shard, of in self._shards if of == number)
+            raise Failure(
+                f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}"
+            )
+        return found
+
+    def samples(self, estimator: int) -> dict[str, list[Array]]:
         """Per scalar and shard, its value in each replicate."""
-        names = [name for name in self._scalars[0] if " " not in name]
-        return {name: [self._values(number, name) for number in range(len(self.shards))] for name in names}
+        names = [name for name in self._scalars[estimator][0] if " " not in name]
+        return {name: [self._values(estimator, n, name) for n in range(self.number)] for name in names}
 
-    def projections(self) -> dict[str, list[tuple[Array, Array]]]:
+    def projections(self, estimator: int) -> dict[str, list[tuple[Array, Array]]]:
         """Per group and shard of the second half, inner product with the direction and squared norm of each replicate."""
         return {
-            group: [self._projection(group, n) for n in range(self.half, len(self.shards))] for group in self.groups
+            group: [
+                (self._values(estimator, n, f"along {group}"), self._values(estimator, n, f"squared {group}"))
+                for n in range(self.half, self.number)
+            ]
+            for group in self.parameters[estimator]
         }
 
-    def _projection(self, group: str, number: int) -> tuple[Array, Array]:
-        return self._values(number, f"along {group}"), self._values(number, f"squared {group}")
+    def _begin(self, made: Pass) -> None:
+        self.parts = made.parts
+        for name, block in made.blocks.items():
+            parts = [part for of in made.parts for part in of.values() if part.block == name]
+            slices = dict.fromkeys((part.columns.start, part.columns.stop) for part in parts)
+            make = Traces if self.traces else accumulator
+            self.sums[name] = make(block[:BLOCK], self.number, slices)
 
-    def _values(self, number: int, name: str) -> Array:
-        return torch.cat(self._scalars[number][name]).double().cpu().numpy()
+    def _of(self, estimator: int, group: str) -> list[tuple[str, Part]]:
+        found = self.parts[estimator]
+        return [(name, found[name]) for name in self.parameters[estimator][group] if name in found]
+
+    def _observe(self, number: int, log_w: Tensor) -> None:
+        shared = {"elbo": log_w.mean(0), "iwelbo": log_mean_exp(log_w), "ess": effective_sample_size(log_w)}  # [r, B]
+        for estimator, kept in zip(self.estimators, self._scalars, strict=True):
+            for name, values in ({"objective": estimator.objective(log_w)} | shared).items():
+                kept[number][name].append(values.mean(-1))
+
+    def _keep(self, number: int, projections: Mapping[str, Projections], wanted: int) -> None:
+        nothing = (torch.zeros(wanted), torch.zeros(wanted))
+        for e, kept in enumerate(self._scalars):
+            for group in self.parameters[e]:
+                pairs = [
+                    projections[part.block][part.columns.start, part.columns.stop] for _, part in self._of(e, group)
+                ]
+                along, squared = (sum(values) for values in zip(*pairs or [nothing], strict=True))
+                kept[number][f"along {group}"].append(along)
+                kept[number][f"squared {group}"].append(squared)
+
+    def _values(self, estimator: int, number: int, name: str) -> Array:
+        return torch.cat(self._scalars[estimator][number][name]).double().cpu().numpy()
 
     def _pieces(self, replicates: range) -> Iterator[tuple[int, slice]]:
-        number = bisect_right([shard.start for shard in self.shards], replicates.start) - 1
-        start = replicates.start
-        while start < replicates.stop:
-            stop = min(self.shards[number].stop, replicates.stop)
-            yield number, slice(start - replicates.start, stop - replicates.start)
-            number, start = number + 1, stop
-
-    def _must_be_finite(self, number: int) -> None:
-        for name, accumulator in self.sums.items():
-            if not accumulator.finite(number):
-                shard = self.shards[number]
-                raise Failure(
-                    f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}"
-                )
+        for shard, number in self._shards:
+            start, stop = max(shard.start, replicates.start), min(shard.stop, replicates.stop)
+            if start < stop:
+                yield number, slice(start - replicates.start, stop - replicates.start)
 
 
-def direction(mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The unit vector along a gradient given by its tensors; zeros stay zeros."""
-    norm = math.sqrt(sum(float(m.double().square().sum()) for m in mean.values()))
-    return {name: m.double() / norm if norm > 0 else m.double() for name, m in mean.items()}
-
-
-def per_replicate(estimator: Estimator, log_w: Tensor | None) -> dict[str, Tensor]:
-    """Per replicate, means over the minibatch, ``[r]``, from ``log_w [K, r, B]``."""
-    if log_w is None:
-        return {}
-    values = {
-        "objective": estimator.objective(log_w),
-        "elbo": log_w.mean(0),
-        "iwelbo": log_mean_exp(log_w),
-        "ess": effective_sample_size(log_w),
-    }
-    return {name: value.mean(-1) for name, value in values.items()}
-
-
-def projected(
-    gradients: Mapping[str, Tensor | Outer], groups: Mapping[str, tuple[str, ...]], directions: Directions, first: int
-) -> dict[str, Tensor]:
-    """Inner products with the groups' directions, and squared norms, of the `first` replicates, ``[r]`` each."""
-    found = {}
-    for group, members in groups.items():
-        pairs = [_projection(gradients[name][:first], directions[group][name]) for name in members]
-        found[f"along {group}"] = torch.stack([along for along, _ in pairs]).sum(0)
-        found[f"squared {group}"] = torch.stack([squared for _, squared in pairs]).sum(0)
-    return found
-
-
-def _projection(gradients: Tensor | Outer, direction: Tensor) -> tuple[Tensor, Tensor]:
-    if isinstance(gradients, Outer):
-        along, squared = gradients.projections(direction.to(gradients.inputs.dtype))
-        return along.double(), squared.double()
-    flat = gradients.flatten(1)
-    return (flat @ direction.flatten().to(flat.dtype)).double(), flat.square().sum(1).double()
+def _normalize(parts: Sequence[Tensor]) -> None:
+    """Divide by the norm of all together; zeros stay zeros."""
+    norm = sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts) ** 0.5
+    for part in parts if norm > 0 else ():
+        part.div_(norm)

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+import functools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gradiometer.bench import metrics
-from gradiometer.bench.folding import Directions, Folding, direction
+from gradiometer.bench.folding import Failure, Folding
 from gradiometer.bench.gradients import Counted, trainable
-from gradiometer.bench.moments import Array, Moments, shards
+from gradiometer.bench.moments import Array, Cancelled, Moments
 from gradiometer.bench.problems import Problem, reason_to_skip
-from gradiometer.bench.replicates import active_units, choose, chunk_size, draws
+from gradiometer.bench.products import full_precision
+from gradiometer.bench.replicates import MEMORY, Plan, Subject, active_units, draws, plans
 from gradiometer.bench.statistics import Value, exact, jackknife
+from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import settled
 from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.noise import BLOCK
 
-Engine = Literal["auto", "rows", "loop"]
+Engine = Literal["auto", "rows", "ghost", "loop"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,12 @@ class Measurement:
     Attributes:
         moments: of each parameter's gradient.
         groups: the parameters of each group.
-        shapes: of the parameters.
         projections: per group and shard of the second half, ``g.u`` and ``|g|^2`` of each replicate.
         samples: per quantity and shard, its value in each replicate.
         evaluations: of the joint, per data point and gradient.
         units: active units and how many there are, or None where the problem holds no data for them.
-        engine, chunk: how it was computed.
+        engine, chunk: how it was computed; a smaller chunk than was planned tells that memory ran out.
+        precision, precision_met: what was asked of the variances' intervals, if anything.
     """
 
     problem: Problem
@@ -45,23 +51,24 @@ class Measurement:
     seed: int
     moments: Mapping[str, Moments]
     groups: Mapping[str, tuple[str, ...]]
-    shapes: Mapping[str, torch.Size]
     projections: Mapping[str, list[tuple[Array, Array]]]
     samples: Mapping[str, list[Array]]
     evaluations: float
     active_units: int | None
     engine: str
     chunk: int
+    precision: float | None = None
+    precision_met: bool | None = None
 
-    @cached_property
+    @functools.cached_property
     def mean(self) -> dict[str, Array]:
         """Mean gradient of the batch-mean objective (ascent), by parameter, float64."""
-        return {name: m.pooled().mean.reshape(self.shapes[name]) for name, m in self.moments.items()}
+        return {name: m.pooled.mean for name, m in self.moments.items()}
 
-    @cached_property
+    @functools.cached_property
     def variance(self) -> dict[str, Array]:
         """Variance of one gradient, by parameter and coordinate, float64."""
-        return {name: m.pooled().variance.reshape(self.shapes[name]) for name, m in self.moments.items()}
+        return {name: m.pooled.variance for name, m in self.moments.items()}
 
     def metrics(self, group: str) -> dict[str, Value]:
         """The typed metrics of a parameter group.
@@ -71,17 +78,9 @@ class Measurement:
         """
         if group not in self.groups:
             raise KeyError(f"no group {group!r}; there are {', '.join(self.groups)}")
-        moments = Moments.joined([self.moments[name] for name in self.groups[group]])
-        number = len(moments.count)
-        leave_out = [moments.pooled(without=shard) for shard in range(number)]
-        found: dict[str, Value] = {}
-        for name, metric in metrics.GRADIENT.items():
-            assert metric.of is not None
-            value = metric.of(moments.pooled())
-            if name == "snr_floor":
-                found[name] = exact(value)
-            else:
-                found[name] = jackknife(value, [metric.of(g) for g in leave_out], positive=metric.positive)
+        members = [self.moments[name] for name in self.groups[group]]
+        known = [name for name in metrics.GRADIENT if self.engine != "ghost" or name not in metrics.OF_COORDINATES]
+        found = {name: _of_moments(name, members) for name in known}
         parts = self.projections[group]
         for name, metric in metrics.PROJECTION.items():
             assert metric.of is not None
@@ -114,6 +113,7 @@ class Measurement:
             "randomness": "estimator",
             "scale": "batch mean",
             "replicates": self.replicates,
+            "precision_met": self.precision_met,
         }
         found = [about | row_of(name, value) for name, value in self.values().items()]
         for group in self.groups:
@@ -139,33 +139,8 @@ def row_of(name: str, value: Value) -> dict[str, Any]:
     }
 
 
-def measure(
-    problem: Problem,
-    estimator: Estimator,
-    *,
-    replicates: int = 1024,
-    seed: int = 0,
-    engine: Engine = "auto",
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    reference: Estimator | None = None,
-    chunk: int | None = None,
-) -> Measurement:
-    """Measure the gradient `estimator` gives on `problem`.
-
-    Args:
-        problem: a model held still; it is copied, not changed.
-        estimator: as `gradiometer.estimators.parse` returns it.
-        replicates: independent gradients, at least 4.
-        seed: of the noise; the same seed gives the same noise to every estimator.
-        engine: "rows" batches replicates, "loop" takes one at a time, "auto" chooses by the model and by B x K.
-        device, dtype: where and how precisely the gradients are computed; moments of all are float64.
-        reference: the estimator whose mean gradient is the direction of `cosine` and `directional_snr`; this one's own if None.
-        chunk: replicates per batch; from B and K if None.
-
-    Raises:
-        ValueError: the problem lacks what the estimator needs, or there are too few replicates.
-        Failure: a gradient is not finite.
+def measure(problem: Problem, estimator: Estimator, **options: Any) -> Measurement:
+    """Measure the gradient `estimator` gives on `problem`; the options are those of `measure_all`.
 
     Example:
         >>> from gradiometer.bench.models.toys import GaussianToy
@@ -174,52 +149,179 @@ def measure(
         >>> sorted(measure(toy, parse("iwae:K=4"), replicates=64).groups)
         ['generative', 'inference']
     """
-    if (reason := reason_to_skip(problem, estimator)) is not None:
-        raise ValueError(reason)
-    bounds = shards(replicates)
+    (found,) = measure_all(problem, [estimator], **options)
+    return found
+
+
+def measure_all(
+    problem: Problem,
+    estimators: Sequence[Estimator],
+    *,
+    replicates: int = 1024,
+    seed: int = 0,
+    engine: Engine = "auto",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    reference: Estimator | None = None,
+    only: Sequence[str] = (),
+    precision: float | None = None,
+    budget: int | None = None,
+    memory: int = MEMORY,
+    chunk: int | None = None,
+) -> list[Measurement]:
+    """Measure the gradients of `estimators`, those given by weights of equally many particles in one pass over the same particles.
+
+    The numbers do not depend on which estimators are measured together, but for rounding.
+
+    Args:
+        problem: a model held still; it is copied, not changed.
+        estimators: as `gradiometer.estimators.parse` returns them.
+        replicates: independent gradients, at least 4.
+        seed: of the noise; the same seed gives the same noise to every estimator.
+        engine: "rows" batches replicates, "ghost" too and keeps squared norms alone, "loop" takes one at a time, "auto" chooses.
+        device, dtype: where and how precisely the gradients are computed; moments of all are float64.
+        reference: the estimator whose mean gradient is the direction of `cosine` and `directional_snr`; each one's own if None.
+        only: the metrics that are wanted; all if none is named. Without those of single coordinates, "auto" takes "ghost".
+        precision: go on until every interval of a variance is at most this wide on either side, relative to the variance.
+        budget: the most replicates that a precision may take; 100 times `replicates` if None.
+        memory: bytes to take beside the model and the data, from which the replicates in a batch follow.
+        chunk: replicates in a batch; from B, K, the device and `memory` if None.
+
+    Raises:
+        ValueError: the problem lacks what an estimator needs, or there are too few replicates.
+        Failure: a gradient is not finite.
+
+    Example:
+        >>> from gradiometer.bench.models.toys import GaussianToy
+        >>> from gradiometer.estimators import parse
+        >>> toy = Problem(GaussianToy(units=2), torch.zeros(5, 2))
+        >>> found = measure_all(toy, [parse("iwae:K=4"), parse("dreg:K=4")], replicates=64)
+        >>> [str(m.estimator) for m in found]
+        ['iwae:K=4', 'dreg:K=4']
+    """
+    for estimator in estimators:
+        if (reason := reason_to_skip(problem, estimator)) is not None:
+            raise ValueError(reason)
     model, x = copy.deepcopy(problem.model).to(device, dtype), problem.x.to(device, dtype)
-    state = settled(estimator, model, x, seed)
-    parameters = trainable(model, state)
-    size = chunk or chunk_size(len(x) * estimator.K)
+    units = None if problem.held_out is None else active_units(model, problem.held_out)
     counted = Counted(model)
-    chosen = engine if engine != "auto" else choose(estimator, model, x, state, parameters, seed)
-    folding = Folding(estimator, parameters, bounds)
-    folding.directions = _reference_directions(problem, reference, parameters, replicates, seed, device, dtype)
-    middle = bounds[folding.half].start
-    for wanted in (range(middle), range(middle, replicates)):
-        if wanted.start and folding.directions is None:
-            folding.directions = folding.mean_directions()
-        for of, draw in draws(chosen, estimator, counted, x, seed, state, parameters, wanted, size):
-            folding.add(draw, of)
-    return Measurement(
-        problem,
-        estimator,
-        replicates,
-        seed,
-        {name: accumulator.moments() for name, accumulator in folding.sums.items()},
-        folding.groups,
-        {name: accumulator.shape for name, accumulator in folding.sums.items()},
-        folding.projections(),
-        folding.samples(),
-        counted.evaluations / (replicates * len(x)),
-        None if problem.held_out is None else active_units(model, problem.held_out),
-        chosen,
-        size,
-    )
+    with full_precision():
+        means = _reference_means(problem, reference, replicates, seed, device, dtype)
+        subjects = []
+        for estimator in estimators:
+            state = settled(estimator, model, x, seed)
+            subjects.append(Subject(estimator, counted, x, state, trainable(model, state)))
+        asked = _Asked(problem, replicates, seed, means, precision, budget or 100 * replicates, units)
+        traces = engine == "ghost" or (engine == "auto" and bool(only) and not set(only) & set(metrics.OF_COORDINATES))
+        found: dict[int, Measurement] = {}
+        waiting = plans(subjects, engine, seed, memory, chunk)
+        while waiting:
+            plan = waiting.pop(0)
+            if traces and plan.engine == "rows":
+                plan = replace(plan, engine="ghost")
+            try:
+                made = asked.of(plan)
+            except Cancelled as error:
+                if engine == "ghost":
+                    raise Failure(f"{error}: measure with --engine rows") from None
+                traces = False
+                waiting.insert(0, replace(plan, engine="rows"))
+            except NotRows:
+                waiting = [*plan.apart(), *waiting]
+            except torch.OutOfMemoryError:
+                if plan.chunk == 1:
+                    raise
+                waiting.insert(0, plan.halved())
+            else:
+                found |= {id(subject): m for subject, m in zip(plan.subjects, made, strict=True)}
+    return [found[id(subject)] for subject in subjects]
 
 
-def _reference_directions(
-    problem: Problem, reference: Estimator | None, parameters: Any, replicates: int, seed: int, device: str, dtype: Any
-) -> Directions | None:
-    """The directions of a trusted estimator's mean gradient, measured on noise of its own."""
+@dataclass(frozen=True)
+class _Asked:
+    """What every pass is asked for."""
+
+    problem: Problem
+    replicates: int
+    seed: int
+    means: Mapping[str, Tensor] | None
+    precision: float | None
+    budget: int
+    units: int | None
+
+    def of(self, plan: Plan) -> list[Measurement]:
+        """Measure the estimators of a plan together."""
+        parameters = [s.parameters for s in plan.subjects]
+        folding = Folding([s.estimator for s in plan.subjects], parameters, self.replicates, plan.engine == "ghost")
+        counted = plan.subjects[0].model
+        before, middle = counted.evaluations, folding.middle
+        self._fold(plan, folding, range(middle))
+        folding.project(self.means)
+        self._fold(plan, folding, range(middle, self.replicates))
+        while not (met := self._precise(folding)) and (more := self._further(folding)):
+            self._fold(plan, folding, folding.extend(more))
+        evaluations = (counted.evaluations - before) / (folding.replicates * len(self.problem.x))
+        return [
+            Measurement(
+                self.problem,
+                subject.estimator,
+                folding.replicates,
+                self.seed,
+                folding.moments(position),
+                {group: tuple(members) for group, members in subject.parameters.items()},
+                folding.projections(position),
+                folding.samples(position),
+                evaluations,
+                self.units,
+                plan.engine,
+                plan.chunk,
+                self.precision,
+                met if self.precision else None,
+            )
+            for position, subject in enumerate(plan.subjects)
+        ]
+
+    def _fold(self, plan: Plan, folding: Folding, replicates: range) -> None:
+        for at, made in draws(plan, self.seed, replicates):
+            folding.add(made, at)
+
+    def _precise(self, folding: Folding) -> bool:
+        """Whether every variance is as precise as asked."""
+        if self.precision is None:
+            return True
+        for position, parameters in enumerate(folding.parameters):
+            moments = folding.moments(position)
+            for members in parameters.values():
+                value = _of_moments("variance", [moments[name] for name in members])
+                if value.value > 0 and not (value.high - value.low) / 2 <= self.precision * value.value:
+                    return False
+        return True
+
+    def _further(self, folding: Folding) -> int:
+        """How many replicates more before the next look: a fixed schedule, so that no look depends on what was seen."""
+        unit = folding.number * (BLOCK if self.replicates >= 2 * BLOCK * folding.number else 1)
+        left = (self.budget - folding.replicates) // unit
+        return min(left, math.ceil(folding.replicates / 4 / unit)) * unit
+
+
+def _of_moments(name: str, members: Sequence[Moments]) -> Value:
+    """A metric of the parameters of a group."""
+    metric = metrics.GRADIENT[name]
+    assert metric.of is not None
+    total = metric.of(functools.reduce(operator.add, [m.sums for m in members]))
+    parts = zip(*(m.without for m in members), strict=True)
+    without = [metric.of(functools.reduce(operator.add, part)) for part in parts]
+    return exact(total) if name == "snr_floor" else jackknife(total, without, positive=metric.positive)
+
+
+def _reference_means(
+    problem: Problem, reference: Estimator | None, replicates: int, seed: int, device: str, dtype: Any
+) -> dict[str, Tensor] | None:
+    """A trusted estimator's mean gradient, measured on noise of its own."""
     if reference is None:
         return None
     trusted = measure(problem, reference, replicates=replicates, seed=seed + 1, device=device, dtype=dtype)
-    means = {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
-    return {
-        group: direction({name: means.get(name, torch.zeros_like(p).double()) for name, p in members.items()})
-        for group, members in parameters.items()
-    }
+    return {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
 
 
 def _stacked(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from types import MappingProxyType
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,54 +17,64 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-class PooledMoments(Protocol):
-    """Mean and unbiased variance of each coordinate over ``n`` replicates."""
+@dataclass(frozen=True)
+class Sums:
+    """Sums over coordinates of the moments of a gradient, each coordinate's over ``n`` replicates.
 
-    @property
-    def n(self) -> int: ...
-    @property
-    def mean(self) -> Array: ...
-    @property
-    def variance(self) -> Array: ...
+    Attributes:
+        n: replicates.
+        squared_mean: of ``mean^2``.
+        variance: of ``var``.
+        noisy: how many coordinates have ``var > 0``; the next two are over these.
+        signal: of ``|mean| / sqrt(var)``.
+        squared_signal: of ``mean^2 / var``.
+    """
+
+    n: float
+    squared_mean: float
+    variance: float
+    noisy: float
+    signal: float
+    squared_signal: float
+
+    def __add__(self, other: Sums) -> Sums:
+        """Of both sets of coordinates."""
+        return Sums(self.n, *(a + b for a, b in zip(astuple(self)[1:], astuple(other)[1:], strict=True)))
 
 
-def gradient_norm(g: PooledMoments) -> float:
+def gradient_norm(g: Sums) -> float:
     """Euclidean norm of the mean gradient, ``sqrt(max(0, sum mean^2 - sum var / n))``: the noise of the mean is taken out."""
-    return math.sqrt(max(0.0, float((g.mean**2).sum() - g.variance.sum() / g.n)))
+    return math.sqrt(max(0.0, g.squared_mean - g.variance / g.n))
 
 
-def variance(g: PooledMoments) -> float:
+def variance(g: Sums) -> float:
     """Trace of the covariance of one gradient, ``sum var``: Monte-Carlo variance of the estimator alone."""
-    return float(g.variance.sum())
+    return g.variance
 
 
-def snr(g: PooledMoments) -> float:
+def snr(g: Sums) -> float:
     """Signal-to-noise ratio, ``mean over coordinates of |mean| / sqrt(var)``; coordinates without noise are left out.
 
     A gradient of mean zero still shows ``sqrt(2 / (pi n))``, its floor (Rainforth et al. 2018, with the floor told).
     """
-    noisy = g.variance > 0
-    if not noisy.any():
-        return math.nan
-    return float((np.abs(g.mean[noisy]) / np.sqrt(g.variance[noisy])).mean())
+    return g.signal / g.noisy if g.noisy else math.nan
 
 
-def snr_floor(g: PooledMoments) -> float:
+def snr_floor(g: Sums) -> float:
     """What `snr` shows of a gradient whose mean is exactly zero: ``sqrt(2 / pi) / sqrt(n)``. A value near it is noise."""
     return math.sqrt(2 / (math.pi * g.n))
 
 
-def snr_corrected(g: PooledMoments) -> float:
+def snr_corrected(g: Sums) -> float:
     """Root mean square over coordinates of the signal-to-noise ratio with its floor taken out.
 
     ``sqrt(max(0, c mean over coordinates of mean^2 / var - 1 / n))``, ``c = (n - 3) / (n - 1)``: the square is unbiased
     before it is cut at zero.
     """
-    noisy = g.variance > 0
-    if not noisy.any() or g.n <= 3:
+    if not g.noisy or g.n <= 3:
         return math.nan
-    squared = (g.mean[noisy] ** 2 / g.variance[noisy]).mean() * (g.n - 3) / (g.n - 1)
-    return math.sqrt(max(0.0, float(squared) - 1 / g.n))
+    squared = g.squared_signal / g.noisy * (g.n - 3) / (g.n - 1)
+    return math.sqrt(max(0.0, squared - 1 / g.n))
 
 
 def directional_snr(along: Array, squared: Array) -> float:
@@ -257,6 +266,7 @@ _TRAINING = (
     ),
 )
 GRADIENT = MappingProxyType({m.name: m for m in _MOMENTS})
+OF_COORDINATES = ("snr", "snr_floor", "snr_corrected")  # these need the variance of every coordinate, not the trace alone
 PROJECTION = MappingProxyType({m.name: m for m in _PROJECTIONS})
 COST = MappingProxyType({m.name: m for m in _COSTS})
 METRICS = MappingProxyType({m.name: m for m in (*_VALUES, *_MOMENTS, *_PROJECTIONS, *_COSTS, *_TRAINING)})

@@ -1,134 +1,406 @@
 """Raw moments of a gradient over replicates, in shards, without ever holding replicates x parameters.
 
-The replicates fall into contiguous shards. Per shard and coordinate we keep the sum of deviations from a pilot (the first
-replicates' mean) and of their squares: deviations are as small as the noise, so nothing cancels, however large the mean.
+The replicates fall into contiguous shards. Per shard and coordinate we keep the sum of deviations from a pilot (near the first
+replicates' mean, where zero is too far) and of their squares: deviations are as small as the noise, so nothing cancels,
+however large the mean.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradiometer.bench.outer import Outer
+from gradiometer.bench.metrics import Sums
+from gradiometer.bench.outer import Outer, pairs_of, twice
+from gradiometer.bench.products import product
 from gradiometer.estimators.noise import BLOCK
 
 SHARDS = 16
+TILE = 2**15  # elements of a temporary that stays in the cache nearest the processor
+CANCELLED = 1e-2  # a variance smaller than this part of the second moment has lost digits: it needs a pilot
+AGREED = 1e-3  # relative difference of second moments made in two ways, in every coordinate, if neither has cancelled
+ENOUGH = 4  # replicates that show whether terms cancel
+FEW, SHARED_FEW = 6, 32  # rows up to which sums over their pairs are cheaper than one gradient after the other
 Array = NDArray[np.float64]
 
 
-def shards(replicates: int) -> list[range]:
-    """Contiguous ranges of nearly equal size, whole blocks of noise where there are enough of them.
+def shards(replicates: int, number: int | None = None) -> list[range]:
+    """Contiguous ranges of nearly equal size, whole blocks of noise where there are enough of them; a given `number`, or `SHARDS`.
 
     Raises:
         ValueError: fewer than 4 replicates.
     """
     if replicates < 4:
         raise ValueError(f"an error bar needs at least 4 replicates, not {replicates}")
-    number = min(SHARDS, max(4, replicates // 2))  # 4, so that each half of them has one to leave out
+    number = number or min(SHARDS, max(4, replicates // 2))  # 4, so that each half of them has one to leave out
     unit = BLOCK if replicates >= 2 * BLOCK * number else 1
     edges = [round(i * replicates / number / unit) * unit for i in range(number)] + [replicates]
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Moments of one block of coordinates (a group's, or one tensor's).
-
-    Attributes:
-        count: replicates per shard, ``[S]``.
-        pilot: what deviations are taken from, ``[P]``.
-        first: per shard, the sum of deviations, ``[S, P]``.
-        second: per shard, the sum of squared deviations, ``[S, P]``.
-    """
-
-    count: Array
-    pilot: Array
-    first: NDArray[np.floating]
-    second: NDArray[np.floating]
-
-    def pooled(self, without: int | None = None) -> Pooled:
-        """The moments over all shards, or over all but one."""
-        n, first, second = self._totals
-        if without is not None:
-            n, first, second = n - self.count[without], first - self.first[without], second - self.second[without]
-        variance = np.maximum(second - first**2 / n, 0.0) / (n - 1)
-        return Pooled(int(n), self.pilot + first / n, variance)
-
-    @cached_property
-    def _totals(self) -> tuple[float, Array, Array]:
-        return float(self.count.sum()), self.first.sum(0, dtype=np.float64), self.second.sum(0, dtype=np.float64)
-
-    @staticmethod
-    def joined(parts: list[Moments]) -> Moments:
-        """The moments of several blocks of coordinates side by side."""
-        return Moments(
-            parts[0].count,
-            np.concatenate([part.pilot for part in parts]),
-            np.concatenate([part.first for part in parts], axis=1),
-            np.concatenate([part.second for part in parts], axis=1),
-        )
-
-
-@dataclass(frozen=True)
 class Pooled:
-    """Mean and unbiased variance of each coordinate over ``n`` replicates, ``[P]``, float64."""
+    """Mean and unbiased variance of each coordinate over ``n`` replicates, float64."""
 
-    n: int
+    n: float
     mean: Array
     variance: Array
 
 
-class Accumulator:
-    """Folds chunks of replicate gradients of one parameter into shard moments."""
+@dataclass(frozen=True)
+class Moments:
+    """What is kept of a parameter's gradient: the coordinates' moments, and sums over coordinates with and without each shard."""
 
-    def __init__(self, shape: torch.Size, number: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape = shape
-        self.count = np.zeros(number)
-        self.pilot: Tensor | None = None
-        self.first = torch.zeros(number, *shape, dtype=dtype, device=device)
-        self.second = torch.zeros(number, *shape, dtype=dtype, device=device)
+    pooled: Pooled
+    sums: Sums
+    without: tuple[Sums, ...]
 
-    def fold(self, shard: int, gradients: Tensor | Outer) -> None:
-        """Add the replicates ``[r, *shape]`` to `shard`."""
+
+Slice = tuple[int | None, int | None]
+"""Columns (last axis) of a block that are one parameter's, as a slice's start and stop."""
+Projections = dict[Slice, tuple[Tensor, Tensor]]
+"""Inner products with a direction and squared norms of replicates, ``[r]`` each, by columns."""
+
+
+class Accumulator(ABC):
+    """Folds chunks of replicate gradients of one block of parameters into shard moments."""
+
+    def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice]) -> None:
+        self.shape = like.shape if isinstance(like, Outer) else like.shape[1:]
+        self.count, self.slices = np.zeros(shards), tuple(slices)
+
+    def fold(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None = None, wanted: int = 0) -> Projections:
+        """Add the replicates ``[r, *shape]`` to `shard`; the first `wanted` of them are projected on the direction `towards`."""
+        found = self._add(shard, gradients, towards, wanted)
         self.count[shard] += len(gradients)
-        if isinstance(gradients, Outer):
-            if self.pilot is None:
-                self.pilot = gradients[:BLOCK].mean()
-            first, second = gradients.deviations(self.pilot)
-            self.first[shard] += first
-            self.second[shard] += second
-            return
-        if self.pilot is None:
-            self.pilot = gradients[:BLOCK].mean(0)
-        deviations = gradients - self.pilot
-        if len(gradients) == 1:
-            self.first[shard].add_(deviations[0])
-            self.second[shard].addcmul_(deviations[0], deviations[0])
-        else:
-            self.first[shard] += deviations.sum(0)
-            self.second[shard] += deviations.square_().sum(0)
+        return found
 
-    def finite(self, shard: int) -> bool:
-        """Whether every gradient folded into `shard` was finite: a sum of squares forgets no NaN."""
-        return bool(self.second[shard].sum().isfinite())
+    def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
+        self._sum(shard, gradients)
+        return {} if towards is None else self._projections(gradients[:wanted], towards)
+
+    def _projections(self, gradients: Tensor | Outer, towards: Tensor) -> Projections:
+        found = {}
+        for start, stop in self.slices:
+            of, onto = slice(start, stop), towards[..., start:stop]
+            if isinstance(gradients, Outer):
+                part = gradients.columns(of)
+                found[start, stop] = part.along(onto), part.squared_norms()
+            else:
+                flat = gradients[..., of].flatten(1)
+                found[start, stop] = flat @ onto.flatten(), flat.square().sum(1)
+        return found
+
+    @abstractmethod
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None: ...
+
+    @abstractmethod
+    def mean(self, upto: int) -> Tensor:
+        """The mean over the shards before `upto`, in the block's shape."""
+
+    @abstractmethod
+    def _tile(self, units: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some outputs and columns: sums per shard of deviations and of their squares ``[S, m]``, and the pilot ``[m]``."""
+
+    def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
+        """Of the block, or of some of its columns (last axis), in the parameter's shape."""
+        wide = len(range(*columns.indices(self.shape[-1]))) if self.shape else 1
+        tall = self.shape.numel() // (self.shape[-1] if self.shape else 1)
+        step = max(1, TILE // wide)
+        parts = [
+            _summary(*self._tile(slice(start, start + step), columns), self.count) for start in range(0, tall, step)
+        ]
+        mean, variance = (np.concatenate([getattr(part, kind) for part in parts]) for kind in ("mean", "variance"))
+        return _moments(mean, variance, sum(part.sums for part in parts), self.count, shape or self.shape)
+
+    def first_not_finite(self, columns: slice) -> int:
+        """The first shard with a gradient that is not finite in these columns: a sum of squares forgets no NaN."""
+        _, second, _ = self._tile(slice(None), columns)
+        return int(second.sum(1).isfinite().logical_not().nonzero()[0])
+
+
+class Dense(Accumulator):
+    """Holds the sums of every coordinate; of factors, one gradient is made after the other."""
+
+    def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice], pilot: Tensor | None = None) -> None:
+        super().__init__(like, shards, slices)
+        values = like.cotangents if isinstance(like, Outer) else like
+        self.first, self.second = (values.new_empty(shards, *self.shape) for _ in range(2))
+        self.pilot = pilot
+
+    def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
+        if not isinstance(gradients, Outer):
+            return super()._add(shard, gradients, towards, wanted)
+        first, second = self._places(shard)
+        if towards is None:
+            add_one_by_one(gradients, first, second, self.pilot)
+            return {}
+        columns = add_one_by_one(gradients[:wanted], first, second, self.pilot, towards)
+        add_one_by_one(gradients[wanted:], first, second, self.pilot)
+        along, squared = ({of: m[:, slice(*of)].sum(1) for of in self.slices} for m in columns)
+        return {of: (along[of], squared[of]) for of in self.slices}
+
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+        first, second = self._places(shard)
+        assert isinstance(gradients, Tensor)
+        deviations = gradients if self.pilot is None else gradients - self.pilot
+        if len(deviations) == 1:
+            first.add_(deviations[0])
+            second.addcmul_(deviations[0], deviations[0])
+        else:
+            first.add_(deviations.sum(0))
+            second.add_(deviations.square().sum(0))
+
+    def _places(self, shard: int) -> tuple[Tensor, Tensor]:
+        first, second = self.first[shard], self.second[shard]
+        if self.count[shard] == 0:
+            first.zero_()
+            second.zero_()
+        return first, second
 
     def mean(self, upto: int) -> Tensor:
-        """The mean over the shards before `upto`, in the parameter's shape."""
-        assert self.pilot is not None
-        return self.pilot + self.first[:upto].sum(0) / self.count[:upto].sum()
+        mean = self.first[:upto].sum(0) / self.count[:upto].sum()
+        return mean if self.pilot is None else mean + self.pilot
 
-    def moments(self) -> Moments:
-        assert self.pilot is not None
-        rows = len(self.count)
-        return Moments(
-            self.count,
-            self.pilot.detach().double().reshape(-1).cpu().numpy(),
-            self.first.reshape(rows, -1).cpu().numpy(),
-            self.second.reshape(rows, -1).cpu().numpy(),
-        )
+    def _tile(self, units: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        wide = self.shape[-1] if self.shape else 1
+        first, second = (m.view(len(m), -1, wide)[:, units, columns].flatten(1) for m in (self.first, self.second))
+        if self.pilot is None:
+            return first, second, first.new_zeros(first.shape[1])
+        return first, second, self.pilot.view(-1, wide)[units, columns].flatten()
+
+
+class Paired(Dense):
+    """Of factors with few rows: second moments are sums over pairs of rows, made by one product for all replicates.
+
+    Args:
+        centre: factors of what deviations are taken from; nothing if None.
+    """
+
+    def __init__(self, like: Outer, shards: int, slices: Iterable[Slice], centre: Outer | None = None) -> None:
+        super().__init__(like, shards, slices, None if centre is None else centre.dense()[0])
+        self.centre = centre
+
+    def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
+        return Accumulator._add(self, shard, gradients, towards, wanted)
+
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+        assert isinstance(gradients, Outer)
+        deviations = gradients if self.centre is None else minus(gradients, self.centre)
+        for into, made in ((self.first, deviations.total()), (self.second, deviations.squared().total())):
+            into[shard] = made if self.count[shard] == 0 else into[shard].add_(made)
+
+
+class Shared(Accumulator):
+    """Of factors whose inputs are the same for all replicates: the moments of the cotangents say it all.
+
+    With deviations ``e [n, out]`` of the cotangents, second moments are quadratic forms of the inputs in ``sum_r e e^T``.
+    """
+
+    def __init__(self, like: Outer, shards: int, slices: Iterable[Slice]) -> None:
+        super().__init__(like, shards, slices)
+        n, out = like.cotangents.shape[1:]
+        self.inputs, self.pilot = like.inputs[0], like.cotangents.mean(0)  # [n, in], [n, out]
+        self.first = like.cotangents.new_zeros(shards, n, out)
+        self.second = like.cotangents.new_zeros(shards, out, n, n)
+
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+        assert isinstance(gradients, Outer)
+        deviations = gradients.cotangents - self.pilot  # [r, n, out]
+        self.first[shard] += deviations.sum(0)
+        if len(self.inputs) == 1:
+            self.second[shard, :, 0, 0] += deviations.square().sum((0, 1))
+        else:
+            rows = deviations.permute(2, 1, 0).contiguous()  # [out, n, r]
+            torch.baddbmm(self.second[shard], rows, rows.mT, out=self.second[shard])
+
+    def mean(self, upto: int) -> Tensor:
+        return product((self.first[:upto].sum(0) / self.count[:upto].sum() + self.pilot).T, self.inputs.T)
+
+    def _tile(self, units: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, S = self.inputs[:, columns].T, len(self.first)
+        first = product(self.first[..., units].mT.flatten(0, 1), inputs).view(S, -1)
+        n, m = pairs_of(len(self.inputs), inputs.device)
+        forms = self.second[:, units, n, m].flatten(0, 1) * twice(n, m).to(inputs)[:, 0]  # [S * t, pairs]
+        second = product(forms, inputs[:, n] * inputs[:, m]).view(S, -1)
+        return first, second, product(self.pilot[:, units].T, inputs).flatten()
+
+    def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
+        if len(self.inputs) > 1:
+            return super().moments(columns, shape)
+        # Every gradient is one vector times the same inputs: the vector's moments, and how often each is seen.
+        of = _summary(self.first[:, 0], self.second[..., 0, 0], self.pilot[0], self.count)
+        a = self.inputs[0, columns].double().cpu().numpy()
+        size, seen = float(a @ a), float(np.count_nonzero(a))
+        sums = of.sums * np.array([size, size, seen, seen, seen])[:, None]
+        return _moments(np.outer(of.mean, a), np.outer(of.variance, a**2), sums, self.count, shape or self.shape)
+
+
+class Traces(Accumulator):
+    """Sums of the gradients and of their squared norms: no second moment of any coordinate is kept, nor any gradient made."""
+
+    def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice]) -> None:
+        super().__init__(like, shards, slices)
+        values = like.cotangents if isinstance(like, Outer) else like
+        self.first = values.new_zeros(shards, *self.shape)
+        self.squares = {of: values.new_zeros(shards, dtype=torch.float64) for of in self.slices}
+
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+        self.first[shard] += gradients.total() if isinstance(gradients, Outer) else gradients.sum(0)
+        for of, squares in self.squares.items():
+            part = gradients.columns(slice(*of)) if isinstance(gradients, Outer) else gradients[..., slice(*of)]
+            norms = part.squared_norms() if isinstance(part, Outer) else part.square().flatten(1).sum(1)
+            squares[shard] += norms.sum(dtype=torch.float64)
+
+    def mean(self, upto: int) -> Tensor:
+        return self.first[:upto].sum(0) / self.count[:upto].sum()
+
+    def _tile(self, units: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        squares = self.squares[columns.start, columns.stop][:, None]
+        return self.first[..., columns].flatten(1), squares, squares.new_zeros(1)
+
+    def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
+        """Variances of coordinates are not known: nan.
+
+        Raises:
+            Cancelled: the mean is so large against the noise that squared norms do not tell it.
+        """
+        first, squares, _ = self._tile(slice(None), columns)
+        total, n = first.sum(0), float(self.count.sum())
+        rows = []
+        for f, q, left in ((0.0, 0.0, n), *zip(first, squares[:, 0].tolist(), n - self.count, strict=True)):
+            square = float(torch.linalg.vector_norm(total - f, dtype=torch.float64)) ** 2
+            second = float(squares.sum()) - q
+            variance = max(0.0, second - square / left) / (left - 1)
+            if 0 < second and variance * left < CANCELLED / 10 * second:
+                raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")
+            rows.append([square / left**2, variance, math.nan, math.nan, math.nan])
+        mean = (total.double() / n).cpu().numpy()
+        return _moments(mean, np.full(mean.shape, math.nan), np.array(rows).T, self.count, shape or self.shape)
+
+
+class Cancelled(Exception):
+    """Squared norms have lost the digits that a variance needs."""
+
+
+def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice]) -> Accumulator:
+    """The accumulator that is fast and precise for gradients of which the first replicates are given."""
+    if isinstance(beginning, Outer):
+        if beginning.shared and beginning.rows <= SHARED_FEW:
+            deviations = Outer(beginning.inputs, beginning.cotangents - beginning.cotangents.mean(0))
+            if beginning.rows == 1 or _pairs_agree(deviations):
+                return Shared(beginning, shards, slices)
+        elif beginning.rows <= FEW and len(beginning) >= ENOUGH:
+            first, second = beginning.total(), beginning.squared().total()
+            if not _cancels(first, second, len(beginning)):
+                if beginning.rows == 1 or _pairs_agree(beginning):
+                    return Paired(beginning, shards, slices)
+            elif _pairs_agree(minus(beginning, centre := _centre(beginning))):
+                return Paired(beginning, shards, slices, centre)
+        first, second = beginning.cotangents.new_zeros(2, *beginning.shape)
+        add_one_by_one(beginning, first, second)
+    else:
+        first, second = beginning.sum(0), beginning.square().sum(0)
+    pilot = first / len(beginning) if _cancels(first, second, len(beginning)) else None
+    return Dense(beginning, shards, slices, pilot)
+
+
+def minus(gradients: Outer, centre: Outer) -> Outer:
+    """Gradients less one that is given by its factors: ``d a - c b = (d - c) a + c (a - b)``, small where the noise is."""
+    left, right = centre.cotangents, centre.inputs
+    e, f = gradients.cotangents - left, gradients.inputs - right
+    return Outer(torch.cat([gradients.inputs, f], 1), torch.cat([e, left.expand_as(e)], 1))
+
+
+def _centre(gradients: Outer) -> Outer:
+    return Outer(gradients.inputs.mean(0, keepdim=True), gradients.cotangents.mean(0, keepdim=True))
+
+
+def _cancels(first: Tensor, second: Tensor, n: int) -> bool:
+    return bool((torch.addcmul(second, first, first, value=-1 / n) < CANCELLED * second).any())
+
+
+def _pairs_agree(deviations: Outer) -> bool:
+    """Whether second moments from pairs of rows have lost no digits to terms that cancel."""
+    first, second = deviations.cotangents.new_zeros(2, *deviations.shape)
+    add_one_by_one(deviations, first, second)
+    return not ((deviations.squared().total() - second).abs() > AGREED * second).any()
+
+
+def add_one_by_one(
+    gradients: Outer, first: Tensor, second: Tensor, pilot: Tensor | None = None, towards: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add the sums over replicates of deviations from `pilot`, and of their squares, in tiles that stay in the cache.
+
+    Returns:
+        Down each column, the inner products with the direction `towards` and the squares of the gradients, ``[r, in]`` each.
+    """
+    tall, wide = gradients.shape
+    step = max(1, 4 * TILE // wide)
+    along, squared = first.new_zeros(2, len(gradients) if towards is not None else 0, wide)
+    for start in range(0, tall, step):
+        units = slice(start, start + step)
+        of_first, of_second = first[units], second[units]
+        for r, gradient in enumerate(gradients.each(units)):
+            if towards is not None:
+                along[r] += (gradient * towards[units]).sum(0)
+                squared[r] += gradient.square().sum(0)
+            if pilot is not None:
+                gradient = gradient.sub_(pilot[units])
+            of_first.add_(gradient)
+            of_second.addcmul_(gradient, gradient)
+    return along, squared
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """Of some coordinates: mean and variance, and the fields of `Sums` but n, over all shards and without each, ``[5, 1 + S]``."""
+
+    mean: Array
+    variance: Array
+    sums: Array
+
+
+def _summary(first: Tensor, second: Tensor, pilot: Tensor, count: Array) -> _Summary:
+    total, squares, n = first.sum(0), second.sum(0), float(count.sum())
+    mean, variance = _pooled(*(m.to(torch.float64, copy=True) for m in (total, squares)), pilot, n)
+    rows = [_sums(mean, variance)]
+    a, v = torch.empty_like(total), torch.empty_like(total)
+    for shard, (f, s) in enumerate(zip(first, second, strict=True)):
+        left = n - float(count[shard])
+        rows.append(_sums(*_pooled(torch.sub(total, f, out=a), torch.sub(squares, s, out=v), pilot, left)))
+    sums = torch.stack(rows, 1).double().cpu().numpy()
+    return _Summary(mean.cpu().numpy(), variance.cpu().numpy(), sums)
+
+
+def _pooled(first: Tensor, second: Tensor, pilot: Tensor, n: float) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance from sums of deviations from a pilot and of their squares, in their place."""
+    variance = second.addcmul_(first, first, value=-1 / n).clamp_(min=0).div_(n - 1)
+    return first.div_(n).add_(pilot), variance
+
+
+def _sums(mean: Tensor, variance: Tensor) -> Tensor:
+    noise = variance.rsqrt().nan_to_num_(posinf=0.0)  # no variance, no ratio
+    signal = (mean * noise).abs_()
+    noisy = torch.count_nonzero(noise).to(mean)
+    terms = (torch.dot(mean, mean), variance.sum(), noisy, signal.sum(), torch.dot(signal, signal))
+    return torch.stack(terms).double()
+
+
+def _moments(mean: Array, variance: Array, sums: Array, count: Array, shape: Sequence[int]) -> Moments:
+    n = float(count.sum())
+    total, *without = (Sums(left, *of) for left, of in zip([n, *(n - count)], sums.T.tolist(), strict=True))
+    return Moments(Pooled(n, mean.reshape(shape), variance.reshape(shape)), total, tuple(without))
+
+
+def zero(shape: torch.Size, count: Array) -> Moments:
+    """Of a parameter whose gradient is always zero."""
+    return _moments(np.zeros(shape), np.zeros(shape), np.zeros((5, 1 + len(count))), count, shape)

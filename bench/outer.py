@@ -1,18 +1,21 @@
-"""Gradients of a linear layer's weight for many replicates, kept as the factors of their outer products.
+"""Gradients of a layer's weight for many replicates, kept as the factors of their outer products.
 
 Replicate r's gradient is ``D_r^T A_r``, from the layer's inputs A and the gradients D of its outputs. Sums over replicates,
 projections, norms and second moments all come from the factors; the ``[replicates, out, in]`` array is never made.
+
+A bias is the weight of an input that is always one, so it is a column of the same gradient; and gradients of several estimators
+that differ in the weights of the rows alone are columns too, each the inputs times its weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-CANCELLED = 1e-2  # a second moment smaller than this part of the terms it is made of has lost digits
-TILE = 2**18  # elements of a temporary that still fits a cache
+from gradiometer.bench.products import product
 
 
 @dataclass(frozen=True)
@@ -37,77 +40,67 @@ class Outer:
         return Outer(torch.cat(rows, 1), torch.cat([self.cotangents, other.cotangents], 1))
 
     @property
+    def shape(self) -> torch.Size:
+        """Of one replicate's gradient, ``[out, in]``."""
+        return torch.Size((self.cotangents.shape[-1], self.inputs.shape[-1]))
+
+    @property
+    def rows(self) -> int:
+        """The terms of one replicate's sum."""
+        return self.inputs.shape[1]
+
+    @property
     def shared(self) -> bool:
         """Whether all replicates have the same inputs."""
-        return len(self.inputs) == 1
+        return len(self.inputs) == 1 < len(self)
+
+    def columns(self, which: slice) -> Outer:
+        """Some columns of the gradients alone."""
+        return Outer(self.inputs[..., which], self.cotangents)
 
     def dense(self) -> Tensor:
         """The gradients themselves, ``[r, out, in]``."""
         return self.cotangents.mT @ self.inputs
 
-    def mean(self) -> Tensor:
-        """Over replicates, ``[out, in]``: one matrix product."""
+    def each(self, units: slice = slice(None)) -> Iterator[Tensor]:
+        """The gradients one after the other, or those of some outputs alone, ``[out, in]``; each overwrites the one before."""
+        cotangents = self.cotangents[..., units]
+        place = cotangents.new_empty(cotangents.shape[-1], self.shape[1])
+        for A, D in zip(self.inputs.expand(len(self), -1, -1), cotangents, strict=True):
+            yield product(D.T, A.T, out=place)
+
+    def total(self) -> Tensor:
+        """The sum over replicates, ``[out, in]``."""
         if self.shared:
-            return self.cotangents.mean(0).T @ self.inputs[0]
-        return self.cotangents.flatten(0, 1).T @ self.inputs.flatten(0, 1) / len(self)
+            return product(self.cotangents.sum(0).T, self.inputs[0].T)
+        return product(self.cotangents.flatten(0, 1).T, self.inputs.flatten(0, 1).T)
 
-    def projections(self, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Inner products with a direction ``[out, in]`` and squared norms, each ``[r]``."""
-        rows, (wide, tall) = self.inputs.shape[1], (self.inputs.shape[-1], self.cotangents.shape[-1])
-        if rows * (wide + tall) <= wide * tall:
-            along = (self.inputs @ direction.T * self.cotangents).sum((1, 2))
-            return along, (self.inputs @ self.inputs.mT * (self.cotangents @ self.cotangents.mT)).sum((1, 2))
-        flat, pairs = direction.flatten(), []
-        for A, D in zip(self.inputs.expand(len(self), -1, -1), self.cotangents, strict=True):
-            gradient = (D.T @ A).flatten()
-            pairs.append(torch.stack([gradient @ flat, gradient @ gradient]))
-        along, squared = torch.stack(pairs, 1)
-        return along, squared
+    def squared(self) -> Outer:
+        """The elementwise squares of the gradients, as sums over pairs of rows: ``(sum_n d_n a_n)^2 = sum_nm d_n d_m a_n a_m``."""
+        if self.rows == 1:
+            return Outer(self.inputs.square(), self.cotangents.square())
+        n, m = pairs_of(self.rows, self.inputs.device)
+        doubled = self.cotangents[:, n] * self.cotangents[:, m] * twice(n, m).to(self.cotangents)
+        return Outer(self.inputs[:, n] * self.inputs[:, m], doubled)
 
-    def deviations(self, pilot: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over replicates of deviations from `pilot` and of their squares, ``[out, in]`` each."""
-        rows, wide = self.inputs.shape[1:]
-        if self.shared and rows * (wide + len(self)) < wide * len(self):
-            return self._by_quadratic_forms(pilot)
-        if rows == 1 and not self.shared:
-            return self._by_squares(pilot)
-        return self._one_by_one(pilot)
+    def along(self, direction: Tensor) -> Tensor:
+        """Inner products with a direction ``[out, in]``, ``[r]``."""
+        onto = product(self.inputs.flatten(0, 1), direction).view(*self.inputs.shape[:2], -1)
+        return (onto * self.cotangents).sum((1, 2))
 
-    def _one_by_one(self, pilot: Tensor) -> tuple[Tensor, Tensor]:
-        first, second, deviation = torch.zeros_like(pilot), torch.zeros_like(pilot), torch.empty_like(pilot)
-        for A, D in zip(self.inputs.expand(len(self), -1, -1), self.cotangents, strict=True):
-            torch.addmm(pilot, D.T, A, beta=-1, out=deviation)
-            first.add_(deviation)
-            second.addcmul_(deviation, deviation)
-        return first, second
+    def squared_norms(self) -> Tensor:
+        """From the inner products of the rows, ``[r]``: no gradient is made."""
+        if self.rows == 1:
+            return (self.inputs.square().sum(-1) * self.cotangents.square().sum(-1))[:, 0]
+        return (self.inputs @ self.inputs.mT * (self.cotangents @ self.cotangents.mT)).sum((1, 2))
 
-    def _by_squares(self, pilot: Tensor) -> tuple[Tensor, Tensor]:
-        """One row per replicate: squares of outer products are outer products of squares, so one product makes all.
 
-        The pilot's part is then subtracted; where that cancels, the output unit is made again from its deviations.
-        """
-        A, D = self.inputs.flatten(0, 1), self.cotangents.flatten(0, 1)
-        total, raw = D.T @ A, D.square().T @ A.square()
-        first = total - len(self) * pilot
-        second = raw - pilot * (total + first)
-        self._mend(second, raw, pilot)
-        return first, second
+def pairs_of(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The unordered pairs of rows, each row with itself included."""
+    n, m = torch.triu_indices(rows, rows, device=device)
+    return n, m
 
-    def _by_quadratic_forms(self, pilot: Tensor) -> tuple[Tensor, Tensor]:
-        """The same inputs for all replicates: ``sum_r (D_r^T A)^2`` needs only, per unit, ``sum_r D_r D_r^T``, n x n."""
-        A, mean = self.inputs[0], self.cotangents.mean(0)  # [n, in], [n, out]
-        centred = (self.cotangents - mean).permute(2, 1, 0)  # [out, n, r]
-        forms = centred @ centred.mT  # [out, n, n]
-        tile = max(1, TILE // A.numel())  # units at a time: all at once would hold [out, n, in]
-        spread = torch.cat([(part @ A * A).sum(1) for part in forms.split(tile)])
-        terms = forms.diagonal(dim1=1, dim2=2) @ A.square()
-        off = mean.T @ A - pilot
-        first, second = len(self) * off, spread + len(self) * off.square()
-        self._mend(second, terms + len(self) * off.square(), pilot)
-        return first, second
 
-    def _mend(self, second: Tensor, terms: Tensor, pilot: Tensor) -> None:
-        """Make those output units again, one replicate after the other, whose second moments have cancelled."""
-        lost = (second < CANCELLED * terms).any(1).nonzero().flatten()
-        if len(lost):
-            second[lost] = Outer(self.inputs, self.cotangents[..., lost])._one_by_one(pilot[lost])[1]
+def twice(n: Tensor, m: Tensor) -> Tensor:
+    """How often an unordered pair stands in a square, ``[pairs, 1]``."""
+    return 2 - (n == m).int().unsqueeze(-1)

@@ -1,75 +1,174 @@
-"""Many replicates of a gradient: which engine makes them, and in which chunks."""
+"""Many replicates of a gradient: which engine makes them, for which estimators together, and in which chunks."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gradiometer.bench.batched import NotRows, factors, rows
-from gradiometer.bench.gradients import Draw, one
+from gradiometer.bench.batched import Batch, dense, together
+from gradiometer.bench.gradients import Parameters, one
+from gradiometer.bench.moments import SHARDS
+from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
 
-CHUNK = 2**12  # rows of a batch; a row of the MNIST-sized VAE holds some 20 KiB of activations
-LOOP_FROM = 800  # rows per replicate (B x K) from which a plain loop is as fast as batching replicates
+Engine = Literal["rows", "loop", "ghost"]
+ROWS = {"cpu": 1024}  # rows of a batch: more of them leave the processor's cache, fewer are calls that cost more than their work
+GPU_ROWS = 2**16  # enough to fill a graphics processor; the budget of memory decides before
+MEMORY = 2 * 2**30  # bytes a measurement may take beside the model and the data, if nothing else is asked
 
 
-def chunk_size(rows_each: int) -> int:
-    """Replicates per batch: about `CHUNK` rows, so that memory does not grow with B, K or the number of replicates."""
-    return max(min(CHUNK // rows_each, 1024) // BLOCK, 1) * BLOCK
+@dataclass(frozen=True)
+class Subject:
+    """An estimator on a model held still: its memory, and the parameters its gradients are taken by."""
+
+    estimator: Estimator
+    model: Any
+    x: Tensor
+    state: State
+    parameters: Parameters
 
 
-def choose(estimator: Estimator, model: Any, x: Tensor, state: State, parameters: Any, seed: int) -> str:
-    """The engine for a cell; "rows" only after its first replicate has been seen to equal the slow twin's."""
-    if not estimator.facts.replicates_as_rows or estimator.facts.couples_data or len(x) * estimator.K >= LOOP_FROM:
-        return "loop"
-    try:
-        batched = rows(estimator, model, x, Rng(seed, range(2), "measure", x.device), state, parameters)
-    except NotRows as error:
-        warnings.warn(f"{estimator} is measured one replicate at a time: {error}", stacklevel=2)
-        return "loop"
-    single = one(estimator, model, x, Rng(seed, 1, "measure", x.device), state, parameters)
-    tolerance = math.sqrt(torch.finfo(x.dtype).eps)
-    for name, gradient in single.gradients.items():
-        off = (batched.gradients[name][1] - gradient).abs().max()
-        if not off <= tolerance * max(1e-6, float(gradient.abs().max())) * 10:
-            warnings.warn(
-                f"{estimator} is measured one replicate at a time: batched, its gradient of {name!r} differs by {float(off):.2g}",
-                stacklevel=2,
-            )
-            return "loop"
-    return "rows"
+@dataclass(frozen=True)
+class Plan:
+    """How replicates are made: by an engine, for some estimators together, `chunk` at a time."""
+
+    engine: Engine
+    subjects: tuple[Subject, ...]
+    chunk: int
+    batch: Batch | None = None
+
+    def halved(self) -> Plan:
+        """The same with half as many replicates at a time."""
+        return replace(self, chunk=self.chunk // 2)
+
+    def apart(self) -> list[Plan]:
+        """Each estimator in a pass of its own."""
+        return [replace(self, subjects=(s,), batch=_batch([s])) for s in self.subjects]
 
 
-def draws(
-    engine: str,
-    estimator: Estimator,
-    model: Any,
-    x: Tensor,
-    seed: int,
-    state: State,
-    parameters: Any,
-    wanted: range,
-    size: int,
-) -> Iterator[tuple[range, Draw]]:
-    """The draws of the `wanted` replicates in order, `size` at a time, or one at a time by the loop."""
-    if engine == "rows":
-        for start in range(wanted.start, wanted.stop, size):
-            replicates = range(start, min(start + size, wanted.stop))
-            rng = Rng(seed, replicates, "measure", x.device)
-            yield replicates, factors(estimator, model, x, rng, state, parameters)
-        return
+def plans(subjects: Sequence[Subject], engine: Engine | Literal["auto"], seed: int, memory: int, chunk: int | None) -> list[Plan]:
+    """Passes that serve all estimators, those given by weights of as many particles together.
+
+    "auto" batches replicates only after each estimator's were seen to equal the slow twin's; what cannot be batched is looped,
+    with one warning that says why.
+    """
+    found: list[Plan] = []
+    waiting = list(subjects)
+    while waiting:
+        first = waiting[0]
+        group = [s for s in waiting if together([first.estimator, s.estimator])] or waiting[:1]
+        waiting = [s for s in waiting if s not in group]
+        if engine == "loop":
+            found += [_loop(s) for s in group]
+        elif engine == "auto":
+            found += _agreed(group, seed, memory, chunk)
+        else:
+            batch = _batch(group)
+            found += _batched(group, batch, batch.draw(_probe(first, seed)), engine, memory, chunk)
+    return found
+
+
+def _loop(subject: Subject) -> Plan:
+    return Plan("loop", (subject,), 1)
+
+
+def _batch(subjects: Sequence[Subject]) -> Batch:
+    first = subjects[0]
+    return Batch([s.estimator for s in subjects], first.model, first.x, [s.state for s in subjects], first.parameters)
+
+
+def _batched(
+    subjects: Sequence[Subject], batch: Batch, made: Pass, engine: Engine, memory: int, chunk: int | None
+) -> list[Plan]:
+    """One pass; or two, each with half of the estimators, where the moments of all would take most of the memory."""
+    first = subjects[0]
+    held = 2 * SHARDS * first.x.element_size() * sum(math.prod(block.shape[-2:]) for block in made.blocks.values())
+    if held > memory / 2 and len(subjects) > 1:
+        half = len(subjects) // 2
+        found = []
+        for part in (subjects[:half], subjects[half:]):
+            batch = _batch(part)
+            found += _batched(part, batch, batch.draw(_probe(first, seed=0)), engine, memory, chunk)
+        return found
+    size = chunk or chunk_size(len(first.x) * first.estimator.K, first.x.device.type, (memory - held) // batch.bytes_each)
+    return [Plan(engine, tuple(subjects), size, batch)]
+
+
+def _probe(subject: Subject, seed: int) -> Rng:
+    """The noise of the first two replicates."""
+    return Rng(seed, range(2), "measure", subject.x.device)
+
+
+def chunk_size(rows_each: int, device: str, affordable: int) -> int:
+    """Replicates per batch: whole blocks of noise, or a part of one that leaves no rest; as many as fill the device, or as fit."""
+    wanted = max(1, min(ROWS.get(device, GPU_ROWS) // rows_each, affordable))
+    return wanted // BLOCK * BLOCK if wanted >= BLOCK else 2 ** wanted.bit_length() // 2
+
+
+def _agreed(group: Sequence[Subject], seed: int, memory: int, chunk: int | None) -> list[Plan]:
+    candidates = [s for s in group if s.estimator.facts.replicates_as_rows and not s.estimator.facts.couples_data]
+    looped = [s for s in group if s not in candidates]
+    rows: list[Subject] = []
+    if candidates:
+        try:
+            batch = _batch(candidates)
+            made = batch.draw(_probe(candidates[0], seed))
+        except NotRows as error:
+            if len(candidates) > 1:  # each may still be batched by itself
+                alone = [plan for s in candidates for plan in _agreed([s], seed, memory, chunk)]
+                return alone + [_loop(s) for s in looped]
+            _warn(candidates[0].estimator, str(error))
+            return [_loop(s) for s in group]
+        for position, subject in enumerate(candidates):
+            if (difference := _difference(made, position, subject, seed)) is not None:
+                _warn(subject.estimator, difference)
+            (looped if difference else rows).append(subject)
+    if rows and len(rows) < len(candidates):
+        batch = _batch(rows)
+        made = batch.draw(_probe(rows[0], seed))
+    return (_batched(rows, batch, made, "rows", memory, chunk) if rows else []) + [_loop(s) for s in looped]
+
+
+def _difference(made: Pass, position: int, subject: Subject, seed: int) -> str | None:
+    """What tells the second replicate of a pass from the slow twin's, or None."""
+    single = _one(subject, Rng(seed, 1, "measure", subject.x.device)).gradients
+    batched = dense(made, position, subject.parameters).gradients
+    for name, gradient in single.items():
+        off = (batched[name][1] - gradient).abs().max()
+        tolerance = 10 * math.sqrt(torch.finfo(gradient.dtype).eps)
+        if not off <= tolerance * max(1e-6, float(gradient.abs().max())):
+            return f"batched, its gradient of {name!r} differs by {float(off):.2g}"
+    return None
+
+
+def _one(subject: Subject, rng: Rng) -> Any:
+    return one(subject.estimator, subject.model, subject.x, rng, subject.state, subject.parameters)
+
+
+def _warn(estimator: Estimator, reason: str) -> None:
+    warnings.warn(f"{estimator} is measured one replicate at a time: {reason}", stacklevel=6)
+
+
+def draws(plan: Plan, seed: int, wanted: range) -> Iterator[tuple[range, Pass]]:
+    """Passes over the `wanted` replicates in order, a chunk at a time."""
     held: dict[int, tuple[int, Tensor]] = {}
-    for replicate in wanted:
-        rng = Rng(seed, replicate, "measure", x.device, held=held)
-        draw = one(estimator, model, x, rng, state, parameters)
-        log_w = None if draw.log_w is None else draw.log_w.unsqueeze(1)  # [K, 1, B]
-        yield range(replicate, replicate + 1), Draw({n: g.unsqueeze(0) for n, g in draw.gradients.items()}, log_w)
+    device = plan.subjects[0].x.device
+    for start in range(wanted.start, wanted.stop, plan.chunk):
+        replicates = range(start, min(start + plan.chunk, wanted.stop))
+        if plan.batch is not None:
+            yield replicates, plan.batch.draw(Rng(seed, replicates, "measure", device, held=held))
+            continue
+        draw = _one(plan.subjects[0], Rng(seed, start, "measure", device, held=held))
+        blocks = {name: g.unsqueeze(0) for name, g in draw.gradients.items()}
+        parts = {name: Part(name, slice(None), g.shape) for name, g in draw.gradients.items()}
+        yield replicates, Pass(blocks, [parts], None if draw.log_w is None else draw.log_w.unsqueeze(1))
 
 
 def active_units(model: Any, x: Tensor) -> int:

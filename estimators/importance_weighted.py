@@ -1,7 +1,8 @@
-"""Estimators of the gradient of the K-sample bound ``E log mean_k w_k``."""
+"""Estimators of the gradient of the K-sample bound ``E log mean_k w_k``, and of bounds between it and the ELBO."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -54,3 +55,55 @@ class VIMCO(Weighted):
         w = normalized(log_w)
         without = log_mean_exp_with(log_w, mean_of_others(log_w))  # [K, *batch]
         return Coefficients(generative=w, score=log_mean_exp(log_w) - without - w)
+
+
+@register
+@dataclass(frozen=True)
+class VR(Weighted):
+    """Pathwise gradient of the K-sample Renyi bound of order alpha (Li & Turner 2016).
+
+    ``E log(mean_k w_k^(1 - alpha)) / (1 - alpha)`` falls with alpha; it is the K-sample bound at 0, and the ELBO at 1.
+    """
+
+    K: int = 8
+    alpha: float = 0.5
+    facts = Facts("vr", family=FAMILY, objective="renyi bound", needs=("rsample",), cite="li2016renyi")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"vr needs a finite alpha, not alpha={self.alpha}")
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        v = normalized((1 - self.alpha) * log_w)
+        return Coefficients(generative=v, pathwise=v, score=-v)
+
+    def objective(self, log_w: Tensor) -> Tensor:
+        if self.alpha == 1:
+            return log_w.mean(0)
+        powers = (1 - self.alpha) * log_w
+        top = powers.amax(0)
+        # Near alpha = 1 the log K of log_mean_exp would cancel all but a few digits, and those are then divided by 1 - alpha.
+        return (top + (powers - top).expm1().mean(0).log1p()) / (1 - self.alpha)
+
+
+@register
+@dataclass(frozen=True)
+class CIWAE(Weighted):
+    """Pathwise gradient of a convex combination of the ELBO and the K-sample bound (Rainforth et al. 2018)."""
+
+    K: int = 8
+    beta: float = 0.5
+    facts = Facts("ciwae", family=FAMILY, objective="ciwae bound", needs=("rsample",), cite="rainforth2018tighter")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"ciwae needs 0 <= beta <= 1, not beta={self.beta}")
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        m = self.beta / self.K + (1 - self.beta) * normalized(log_w)
+        return Coefficients(generative=m, pathwise=m, score=-m)
+
+    def objective(self, log_w: Tensor) -> Tensor:
+        return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)

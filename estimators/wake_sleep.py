@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,3 +31,19 @@ class RWS(Weighted):
     def coefficients(self, log_w: Tensor) -> Coefficients:
         w = normalized(log_w)
         return Coefficients(generative=w, score=w)
+
+
+@register
+@dataclass(frozen=True)
+class RWSDReG(Weighted):
+    """Reweighted wake-sleep with the inference gradient doubly reparameterised (Tucker et al. 2019).
+
+    It has the expectation of `rws`, bias included, and is noiseless at the exact posterior.
+    """
+
+    K: int = 8
+    facts = replace(RWS.facts, name="rws-dreg", needs=("rsample",), cite="tucker2019dreg")
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        w = normalized(log_w)
+        return Coefficients(generative=w, pathwise=w - w**2)

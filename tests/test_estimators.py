@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from oracles import Enumerated, Outcomes, Quadrature, bound, elbo, off, scrambled
+from oracles import Enumerated, Given, Gradients, Outcomes, Quadrature, bound, derivative, elbo, off, scrambled
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
@@ -18,11 +19,13 @@ from gradiometer.bench.models.vae import VAE, Architecture
 from gradiometer.bench.problems import Problem
 from gradiometer.bench.training import initial_state, learning_step
 from gradiometer.estimators.base import Average, Coefficients, Facts, State, Surrogate, Weighted
-from gradiometer.estimators.importance_weighted import IWAE, VIMCO, DReG
+from gradiometer.estimators.importance_weighted import CIWAE, IWAE, VIMCO, VR, DReG
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import catalogue, parse
 from gradiometer.estimators.reparameterization import SGVBA, STL
 from gradiometer.estimators.score_function import RLOO, Reinforce
+from gradiometer.estimators.thermodynamic import TVO
+from gradiometer.estimators.wake_sleep import RWS, RWSDReG
 from gradiometer.estimators.weights import (
     effective_sample_size,
     log_mean_exp,
@@ -34,9 +37,43 @@ from gradiometer.estimators.weights import (
 
 EXACT = 1e-9  # what enumeration leaves of an unbiased estimator
 BIASED = 1e-2  # and what a planted mistake leaves at least
+Objective = Callable[[Tensor], Tensor]  # [K, *batch] -> [*batch]
 OBJECTIVES = {"elbo": elbo, "iwelbo": bound}
-SCORES = ["reinforce", "moving-average", "rloo", "vimco", "rws"]
-PATHWISE = ["sgvb-a", "sgvb-b", "stl", "iwae", "dreg"]
+SCORES = ["reinforce", "moving-average", "rloo", "vimco", "rws", "tvo:partitions=1"]
+RENYI = ["vr", "vr:alpha=-1", "vr:alpha=0.2", "vr:alpha=1", "vr:alpha=2.5"]
+COMBINED = ["ciwae", "ciwae:beta=0", "ciwae:beta=0.2", "ciwae:beta=1"]
+PATHWISE = ["sgvb-a", "sgvb-b", "stl", "iwae", "dreg", "rws-dreg", *RENYI, *COMBINED]
+WAKE_WAKE = ["rws", "rws-dreg"]
+
+
+def at(word: str, K: int) -> str:
+    """The word with that many particles."""
+    return f"{word}{',' if ':' in word else ':'}K={K}"
+
+
+def name_of(word: str) -> str:
+    return word.partition(":")[0]
+
+
+def renyi(alpha: float) -> Objective:
+    """The K-sample Renyi bound, with nothing clever in it."""
+    return elbo if alpha == 1 else lambda log_w: ((1 - alpha) * log_w).exp().mean(0).log() / (1 - alpha)
+
+
+def combined(beta: float) -> Objective:
+    return lambda log_w: beta * elbo(log_w) + (1 - beta) * bound(log_w)
+
+
+def named(estimator: Weighted, group: str) -> Objective | None:
+    """What the facts name, at the estimator's own settings; None for what is no expectation over K particles."""
+    name = estimator.facts.objective_of(group)
+    if name == "renyi bound":
+        return renyi(estimator.alpha)
+    if name == "ciwae bound":
+        return combined(estimator.beta)
+    if name == "tvo" and estimator.partitions == 1:
+        return elbo
+    return OBJECTIVES.get(name)
 
 
 def binary(K: int, units: int = 2) -> Outcomes:
@@ -56,54 +93,57 @@ def frozen(outcomes: Outcomes, estimator: Weighted) -> State:
     return state
 
 
-def errors(estimator: Weighted, outcomes: Outcomes, objective: str | None = None) -> dict[str, float]:
+def errors(estimator: Weighted, outcomes: Outcomes, objective: Objective | None = None) -> dict[str, float]:
     """By group, the error of the estimator's expectation for the objective its facts name, or for another one."""
     found = outcomes.expected(estimator, frozen(outcomes, estimator))
-    wanted = {
-        group: outcomes.exact(OBJECTIVES[objective or estimator.facts.objective_of(group)])[group]
-        for group in found
-        if objective or estimator.facts.objective_of(group) in OBJECTIVES
-    }
+    objectives = {group: objective or named(estimator, group) for group in found}
+    wanted = {group: outcomes.exact(of)[group] for group, of in objectives.items() if of is not None}
     return off({group: found[group] for group in wanted}, wanted)
 
 
 def test_no_estimator_is_left_out() -> None:
     ours = {name for name, cls in catalogue().items() if cls.__module__.startswith("gradiometer.estimators.")}
-    assert ours == {*SCORES, *PATHWISE, "nvi"}, "an estimator without an exact test; nvi has a file of its own"
+    tested = {name_of(word) for word in SCORES + PATHWISE}
+    assert ours == {*tested, "nvi"}, "an estimator without an exact test; nvi has a file of its own"
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
 @pytest.mark.parametrize("word", SCORES)
 def test_on_all_outcomes_of_a_binary_model(word: str, K: int) -> None:
-    if catalogue()[word].facts.least_particles > K:
-        with pytest.raises(ValueError, match=rf"{word} needs K >= 2, not K=1"):
-            parse(f"{word}:K={K}")
+    name = name_of(word)
+    if catalogue()[name].facts.least_particles > K:
+        with pytest.raises(ValueError, match=rf"{name} needs K >= 2, not K=1"):
+            parse(at(word, K))
         return
-    found = errors(parse(f"{word}:K={K}"), binary(K))
+    found = errors(parse(at(word, K)), binary(K))
     assert max(found.values()) < EXACT
-    assert set(found) == ({"generative"} if word == "rws" else {"generative", "inference"})
+    assert set(found) == ({"generative"} if word in WAKE_WAKE else {"generative", "inference"})
 
 
 @pytest.mark.parametrize("word", SCORES + PATHWISE)
 def test_by_quadrature_of_a_gaussian_model(word: str) -> None:
-    found = errors(parse(f"{word}:K=2"), gaussian(2))
+    found = errors(parse(at(word, 2)), gaussian(2))
     assert max(found.values()) < 1e-6
-    assert set(found) == ({"generative"} if word == "rws" else {"generative", "inference"})
+    assert set(found) == ({"generative"} if word in WAKE_WAKE else {"generative", "inference"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", ["sgvb-a", "stl", "rloo", "iwae", "dreg", "vimco"])
+@pytest.mark.parametrize("word", ["sgvb-a", "stl", "rloo", "iwae", "dreg", "vimco", *RENYI, *COMBINED])
 def test_by_quadrature_with_three_particles(word: str) -> None:
-    assert max(errors(parse(f"{word}:K=3"), gaussian(3)).values()) < 1e-4
+    assert max(errors(parse(at(word, 3)), gaussian(3)).values()) < 1e-4
 
 
 @pytest.mark.parametrize("word", SCORES + PATHWISE)
 def test_the_objectives_can_be_told_apart(word: str) -> None:
-    """The check above means something: at K = 2 the other objective's gradient is far away."""
-    estimator = parse(f"{word}:K=2")
-    other = "elbo" if estimator.facts.objective_of("generative") == "iwelbo" else "iwelbo"
+    """The check above means something: at K = 2 the gradients of other objectives are far away."""
+    estimator = parse(at(word, 2))
     outcomes = binary(2) if word in SCORES else gaussian(2)
-    assert min(errors(estimator, outcomes, other).values()) > BIASED
+    log_w = outcomes.log_weights()
+    own = named(estimator, "generative")(log_w)
+    others = [of for of in (elbo, bound, renyi(-0.4), combined(0.7)) if not torch.allclose(of(log_w), own)]
+    assert len(others) >= 3
+    for other in others:
+        assert min(errors(estimator, outcomes, other).values()) > BIASED
 
 
 def test_wake_wake_descends_the_inclusive_divergence_with_a_bias_that_shrinks() -> None:
@@ -117,7 +157,7 @@ def test_wake_wake_descends_the_inclusive_divergence_with_a_bias_that_shrinks() 
     assert BIASED < sizes[6] < 0.85 * sizes[4] < 0.85**2 * sizes[2]
     assert "inference" in parse("rws").facts.biased
     assert "generative" not in parse("rws").facts.biased
-    one_particle = errors(parse("rws:K=1"), binary(1), "elbo")
+    one_particle = errors(parse("rws:K=1"), binary(1), elbo)
     assert one_particle["inference"] == pytest.approx(1)  # its mean is zero
 
 
@@ -135,6 +175,110 @@ def self_normalized(outcomes: Outcomes) -> Tensor:
     weights = (outcomes.model.log_joint(outcomes.x, z) - log_q).exp().detach()
     each = (weights * log_q).sum(0) / weights.sum(0)
     return flat((outcomes.probabilities().detach() * each).sum(0).mean(), outcomes)
+
+
+@pytest.mark.parametrize("K", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_doubly_reparameterised_wake_wake_is_wake_wake_on_average(K: int) -> None:
+    found = from_wake_wake(parse(f"rws-dreg:K={K}"), gaussian(K))
+    assert max(found.values()) < {2: 1e-6, 3: 1e-4}[K]
+    assert set(found) == {"generative", "inference"}
+    assert parse("rws-dreg").facts.objective == parse("rws").facts.objective
+    assert parse("rws-dreg").facts.biased == parse("rws").facts.biased
+
+
+def from_wake_wake(estimator: Weighted, outcomes: Outcomes) -> dict[str, float]:
+    """How far the expectation is from that of wake-wake, which has an oracle of its own."""
+    return off(outcomes.expected(estimator, State()), outcomes.expected(parse(f"rws:K={outcomes.K}"), State()))
+
+
+# The thermodynamic objective is an expectation under the annealed posteriors, not under K particles.
+
+PARTITIONS = [(1, 0.5), (2, 0.025), (2, 0.4), (4, 0.1)]  # how many, and beta1
+
+
+def knots(partitions: int, beta1: float) -> list[float]:
+    """0, and from beta1 to 1 in equal steps of the logarithm."""
+    return [0.0, *np.geomspace(beta1, 1, partitions)] if partitions > 1 else [0.0, 1.0]
+
+
+def riemann(values: Callable[[float], Tensor], points: list[float]) -> Tensor:
+    """The left sum, a lower bound of the integral."""
+    return sum((after - before) * values(before) for before, after in pairwise(points))
+
+
+def thermodynamic(outcomes: Outcomes, points: list[float]) -> Gradients:
+    """The exact gradient, over all states: nothing is held fixed."""
+    z = outcomes.draws()  # [1, S, B, D]: every state once
+    log_p = outcomes.model.log_joint(outcomes.x, z)[0]  # [S, B]
+    log_q = outcomes.model.guide(outcomes.x).log_prob(z)[0]
+    value = riemann(lambda B: ((B * log_p + (1 - B) * log_q).softmax(0) * (log_p - log_q)).sum(0), points)
+    return derivative(value.mean(), outcomes.groups)
+
+
+def crowd(outcomes: Outcomes, K: int) -> Tensor:
+    """Particles ``[K, 1, B, D]`` among which every state is as frequent as in the guide, to one part in K."""
+    states = outcomes.draws()[0]  # [S, B, D]
+    edges = outcomes.probabilities().detach().cumsum(0)  # [S, B]
+    levels = ((torch.arange(K) + 0.5) / K).double().expand(states.shape[1], -1)  # [B, K]
+    chosen = torch.searchsorted(edges.T.contiguous(), levels.contiguous())  # [B, K]
+    return torch.stack([states[row, b] for b, row in enumerate(chosen)], 1).unsqueeze(1)
+
+
+def from_thermodynamic(estimator: Weighted, points: list[float]) -> dict[str, float]:
+    """How far the estimate is, with as many particles as it has and no chance among them, from the exact gradient."""
+    outcomes = binary(1)
+    source = Given(crowd(outcomes, estimator.K), standard=False)
+    terms = estimator.surrogate(outcomes.model, outcomes.x.unsqueeze(0), source, State()).terms
+    found = {group: derivative(term.mean(), outcomes.groups)[group] for group, term in terms.items()}
+    return off(found, thermodynamic(outcomes, points))
+
+
+@pytest.mark.parametrize(("partitions", "beta1"), PARTITIONS)
+def test_the_thermodynamic_gradient_is_consistent(partitions: int, beta1: float) -> None:
+    word = f"tvo:K=100000,partitions={partitions},beta1={beta1}"
+    found = from_thermodynamic(parse(word), knots(partitions, beta1))
+    assert max(found.values()) < 1e-3
+    assert set(found) == {"generative", "inference"}
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize(("partitions", "beta1"), PARTITIONS)
+def test_thermodynamic_columns_at_few_particles(partitions: int, beta1: float, K: int) -> None:
+    word = f"tvo:K={K},partitions={partitions},beta1={beta1}"
+    assert max(from_covariances(parse(word), binary(K), knots(partitions, beta1)).values()) < EXACT
+
+
+def from_covariances(estimator: Weighted, outcomes: Outcomes, points: list[float]) -> dict[str, float]:
+    """Against autograd of the self-normalised averages, drawn from a proposal that nothing differentiates.
+
+    What the weights' own derivative adds is a sample covariance, to be taken with K - 1.
+    """
+    z = outcomes.draws()
+    log_p, log_q = outcomes.model.log_joint(outcomes.x, z), outcomes.model.guide(outcomes.x).log_prob(z)
+    probability, K = outcomes.probabilities().detach(), outcomes.K
+
+    def average(B: float) -> Tensor:
+        weights = (B * log_p + (1 - B) * log_q - log_q.detach()).exp()
+        held = weights.detach()
+        direct = (held * (log_p - log_q)).sum(0) / held.sum(0)
+        full = (weights * (log_p - log_q)).sum(0) / weights.sum(0)
+        return direct + K / (K - 1) * (full - direct)
+
+    value = riemann(average, points)
+    wanted = derivative((probability * value).sum(0).mean(), outcomes.groups)
+    return off(outcomes.expected(estimator, State()), wanted)
+
+
+def test_the_thermodynamic_gradient_has_a_bias_that_shrinks() -> None:
+    exact = thermodynamic(binary(1), knots(2, 0.3))
+    for group in ("generative", "inference"):
+        sizes = {}
+        for K in (2, 4, 6):
+            found = binary(K).expected(parse(f"tvo:K={K},beta1=0.3"), State())[group]
+            sizes[K] = float((found - exact[group]).norm() / exact[group].norm())
+        assert BIASED < sizes[6] < 0.85 * sizes[4] < 0.85**2 * sizes[2]
+        assert group in parse("tvo").facts.biased
+    assert parse("tvo:partitions=1").facts.biased == ()
 
 
 def flat(value: Tensor, outcomes: Outcomes) -> Tensor:
@@ -158,9 +302,9 @@ class Columns(Weighted):
         return Coefficients(*self.of(log_w))
 
 
-def wrong(objective: str, of: Callable[[Tensor], tuple], pathwise: bool = False) -> Weighted:
-    facts = Facts("wrong", family="test", objective=objective, needs=("rsample",) if pathwise else ())
-    return type("Wrong", (Columns,), {"facts": facts})(2, of)
+def wrong(of: Callable[[Tensor], tuple], pathwise: bool = False, K: int = 2) -> Weighted:
+    facts = Facts("wrong", family="test", needs=("rsample",) if pathwise else ())
+    return type("Wrong", (Columns,), {"facts": facts})(K, of)
 
 
 def mean(x: Tensor) -> Tensor:
@@ -205,20 +349,98 @@ WRONG_COLUMNS = {
     "equal weights": ("iwelbo", lambda x: (mean(x), w(x) ** 2, None), True),
     "scale right on average": ("iwelbo", lambda x: (1.5 * w(x), 0.5 * w(x) ** 2, None), True),
     "zero guide": ("elbo", lambda x: (mean(x), None, None), True),
+    "Renyi without 1 - alpha": (renyi(-1), lambda x: (w(x), w(x), -w(x)), True),
+    "Renyi with alpha for 1 - alpha": (renyi(0.2), lambda x: (w(0.2 * x), w(0.2 * x), -w(0.2 * x)), True),
+    "Renyi not divided by 1 - alpha": (renyi(-1), lambda x: (2 * w(2 * x), 2 * w(2 * x), -2 * w(2 * x)), True),
+    "Renyi without the score": (renyi(0.2), lambda x: (w(0.8 * x), w(0.8 * x), None), True),
+    "Renyi with its weights squared": (renyi(0.2), lambda x: (w(0.8 * x), w(0.8 * x) ** 2, None), True),
+    "beta and 1 - beta exchanged": (combined(0.2), lambda x: (mix(x, 0.8), mix(x, 0.8), -mix(x, 0.8)), True),
+    "beta not divided by K": (combined(0.2), lambda x: (0.2 + 0.8 * w(x), 0.2 + 0.8 * w(x), -0.2 - 0.8 * w(x)), True),
+    "combined without the score": (combined(0.2), lambda x: (mix(x, 0.2), mix(x, 0.2), None), True),
+}
+WRONG_WAKE_WAKE = {
+    "w for w - w squared": lambda x: (w(x), w(x), None),
+    "w squared for w - w squared": lambda x: (w(x), w(x) ** 2, None),
+    "w squared - w": lambda x: (w(x), w(x) ** 2 - w(x), None),
+    "both forms at once": lambda x: (w(x), w(x) - w(x) ** 2, w(x)),
+    "equal weights for the model": lambda x: (mean(x), w(x) - w(x) ** 2, None),
+}
+
+
+def mix(x: Tensor, beta: float) -> Tensor:
+    return beta / len(x) + (1 - beta) * w(x)
+
+
+def annealed(x: Tensor, a: Callable, c: Callable, parts: list[tuple[float, float]], heat: float = 0.0) -> tuple:
+    """Columns of the thermodynamic objective: `a` and `c` of the exponent and the centred signal, over exponents and widths."""
+    columns = [0.0, 0.0]
+    for B, width in parts:
+        u = w((heat or B) * x)
+        signal = x - (u * x).sum(0)
+        columns = [total + width * u * of(B, signal) for total, of in zip(columns, (a, c), strict=True)]
+    return columns[0], None, columns[1]
+
+
+def lower(points: list[float]) -> list[tuple[float, float]]:
+    return [(before, after - before) for before, after in pairwise(points)]
+
+
+POINTS = knots(3, 0.2)
+PARTS = lower(POINTS)
+UPPER = [(after, after - before) for before, after in pairwise(POINTS)]
+RIGHT_A, RIGHT_C = lambda B, d: 1 + B * d, lambda B, d: (1 - B) * d - 1
+WRONG_THERMODYNAMIC = {
+    "the model's covariance without B": lambda x: annealed(x, lambda B, d: 1 + d, RIGHT_C, PARTS),
+    "the model without its covariance": lambda x: annealed(x, lambda B, d: 1, RIGHT_C, PARTS),
+    "the covariance alone": lambda x: annealed(x, lambda B, d: B * d, RIGHT_C, PARTS),
+    "the guide's covariance without 1 - B": lambda x: annealed(x, RIGHT_A, lambda B, d: d - 1, PARTS),
+    "B for 1 - B": lambda x: annealed(x, RIGHT_A, lambda B, d: B * d - 1, PARTS),
+    "no -1": lambda x: annealed(x, RIGHT_A, lambda B, d: (1 - B) * d, PARTS),
+    "weights not annealed": lambda x: annealed(x, RIGHT_A, RIGHT_C, PARTS, heat=1.0),
+    "signal not centred": lambda x: annealed(x, lambda B, d: 1 + B * x, lambda B, d: (1 - B) * x - 1, PARTS),
+    "partitions of equal width": lambda x: annealed(x, RIGHT_A, RIGHT_C, lower(list(np.linspace(0, 1, 4)))),
+    "the upper sum": lambda x: annealed(x, RIGHT_A, RIGHT_C, UPPER),
 }
 
 
 @pytest.mark.parametrize("name", RIGHT_COLUMNS)
 def test_right_columns_pass(name: str) -> None:
     objective, of, pathwise = RIGHT_COLUMNS[name]
-    found = errors(wrong(objective, of, pathwise), gaussian(2) if pathwise else binary(2))
+    found = errors(wrong(of, pathwise), gaussian(2) if pathwise else binary(2), OBJECTIVES[objective])
     assert max(found.values()) < (1e-6 if pathwise else EXACT)
 
 
 @pytest.mark.parametrize("name", WRONG_COLUMNS)
 def test_wrong_columns_do_not(name: str) -> None:
     objective, of, pathwise = WRONG_COLUMNS[name]
-    assert max(errors(wrong(objective, of, pathwise), gaussian(2) if pathwise else binary(2)).values()) > BIASED
+    found = errors(wrong(of, pathwise), gaussian(2) if pathwise else binary(2), OBJECTIVES.get(objective, objective))
+    assert max(found.values()) > BIASED
+
+
+@pytest.mark.parametrize("name", WRONG_WAKE_WAKE)
+def test_wrong_columns_are_not_wake_wake_on_average(name: str) -> None:
+    assert max(from_wake_wake(wrong(WRONG_WAKE_WAKE[name], pathwise=True), gaussian(2)).values()) > BIASED
+
+
+def test_right_thermodynamic_columns_pass() -> None:
+    right = wrong(lambda x: annealed(x, RIGHT_A, RIGHT_C, PARTS), K=100_000)
+    assert max(from_thermodynamic(right, POINTS).values()) < 1e-3
+
+
+@pytest.mark.parametrize("name", WRONG_THERMODYNAMIC)
+def test_wrong_thermodynamic_columns_do_not(name: str) -> None:
+    estimator = wrong(WRONG_THERMODYNAMIC[name], K=100_000)
+    assert max(from_thermodynamic(estimator, POINTS).values()) > BIASED
+
+
+def test_a_covariance_with_its_own_mean_is_refused_at_few_particles() -> None:
+    """Right in the limit, and (K - 1) / K of the covariance at K particles: with one partition, of the ELBO's gradient."""
+    found = []
+    for points in ([0.0, 1.0], POINTS):
+        estimator = wrong(lambda x, parts=lower(points): annealed(x, RIGHT_A, RIGHT_C, parts))
+        found.append(from_covariances(estimator, binary(2), points))
+    assert found[0]["inference"] == pytest.approx(0.5)
+    assert min(found[1].values()) > BIASED
 
 
 @dataclass(frozen=True)
@@ -274,13 +496,63 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor], prefix: str = "") 
     return all(torch.allclose(first[n], second[n], rtol=1e-12, atol=1e-13) for n in first if n.startswith(prefix))
 
 
-@pytest.mark.parametrize(("first", "second"), [("iwae:K=1", "sgvb-a:K=1"), ("dreg:K=1", "stl:K=1")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(f"{word}:K=1", "sgvb-a:K=1") for word in ("iwae", "vr", "ciwae")]
+    + [("vr:K=1,alpha=-1", "sgvb-a:K=1"), ("dreg:K=1", "stl:K=1")],
+)
 @pytest.mark.parametrize("latent", [(3,), (3, 2)], ids=["one layer", "two layers"])
 def test_with_one_particle_bounds_are_the_elbo(first: str, second: str, latent: tuple[int, ...]) -> None:
     model = scrambled(VAE(Architecture(data=3, hidden=(4,), latent=latent, between=(3,))))
     x = torch.tensor([[1.0, 0, 1], [0, 0, 1]]).double()
     assert all(same(draw(first, model, x, r), draw(second, model, x, r)) for r in range(5))
-    assert not same(draw(first, model, x), draw("stl" if "iwae" in first else "sgvb-a", model, x), "encoder")
+    assert not same(draw(first, model, x), draw("sgvb-a" if "stl" in second else "stl", model, x), "encoder")
+
+
+def test_bounds_between_the_elbo_and_that_of_k_samples_are_them_at_their_ends() -> None:
+    outcomes = gaussian(1)
+    model, x = outcomes.model, outcomes.x
+    for replicate in range(5):
+        of_elbo, of_bound = (draw(f"{word}:K=3", model, x, replicate) for word in ("sgvb-a", "iwae"))
+        for word, settings in (("vr", ("alpha=1", "alpha=0")), ("ciwae", ("beta=1", "beta=0"))):
+            ends = [draw(f"{word}:K=3,{setting}", model, x, replicate) for setting in settings]
+            assert same(ends[0], of_elbo)
+            assert same(ends[1], of_bound)
+            assert not same(draw(f"{word}:K=3", model, x, replicate), of_elbo)
+            assert not same(draw(f"{word}:K=3", model, x, replicate), of_bound)
+        between = {n: 0.3 * of_elbo[n] + 0.7 * of_bound[n] for n in of_elbo}
+        assert same(draw("ciwae:K=3,beta=0.3", model, x, replicate), between)
+        for near, tolerance in ((1e-3, 1e-2), (-1e-6, 1e-5)):
+            found = draw(f"vr:K=3,alpha={1 - near}", model, x, replicate)
+            assert all(torch.allclose(found[n], g, rtol=tolerance, atol=tolerance) for n, g in of_elbo.items())
+
+
+def test_the_values_of_bounds_between() -> None:
+    log_w = 3 * torch.randn(5, 4, generator=torch.Generator().manual_seed(4)).double() - 20
+    for alpha in (-3, 0, 0.2, 0.5, 1, 2.5):
+        assert torch.allclose(parse(f"vr:alpha={alpha}").objective(log_w), renyi(alpha)(log_w))
+    for beta in (0, 0.2, 1):
+        assert torch.allclose(parse(f"ciwae:beta={beta}").objective(log_w), combined(beta)(log_w))
+    ordered = [parse(f"vr:alpha={alpha}").objective(log_w) for alpha in (-3, 0, 0.2, 1, 2.5)]
+    assert all((more > less).all() for more, less in pairwise(ordered))
+    # No digits are lost next to the limit, where log K would cancel, nor to weights too large or small to exponentiate.
+    for alpha in (1 - 1e-7, 1 + 1e-7, 1 - 2.0**-53):
+        assert torch.allclose(parse(f"vr:alpha={alpha}").objective(log_w.float()), elbo(log_w).float(), rtol=1e-6)
+    for alpha in (-3, 0.5, 1, 2.5):
+        shifted = parse(f"vr:alpha={alpha}").objective(log_w - 5000)
+        assert torch.allclose(shifted, renyi(alpha)(log_w) - 5000)
+
+
+def test_the_values_of_the_thermodynamic_objective() -> None:
+    log_w = 2 * torch.randn(5, 4, generator=torch.Generator().manual_seed(4)).double() - 20
+    for partitions, beta1 in PARTITIONS:
+        wanted = riemann(lambda B: (w(B * log_w) * log_w).sum(0), knots(partitions, beta1))
+        found = parse(f"tvo:partitions={partitions},beta1={beta1}").objective(log_w)
+        assert torch.allclose(found, wanted)
+        assert (found < bound(log_w)).all()  # the lower sum of an integral that is the bound of these particles
+        assert torch.allclose(found, elbo(log_w)) if partitions == 1 else (found > elbo(log_w)).all()
+    fine = parse("tvo:partitions=4000,beta1=0.0001").objective(log_w)
+    assert torch.allclose(fine, bound(log_w), rtol=0, atol=1e-2)
 
 
 def test_rloo_is_vargrad_and_moving_average_starts_as_reinforce() -> None:
@@ -326,7 +598,7 @@ class Conjugate(nn.Module):
         return (-(x**2) / 4 - 0.5 * math.log(4 * math.pi)).sum(-1)
 
 
-@pytest.mark.parametrize("word", ["stl", "stl:K=3", "dreg:K=3", "rloo:K=3"])
+@pytest.mark.parametrize("word", ["stl", "stl:K=3", "dreg:K=3", "rws-dreg:K=3", "rloo:K=3"])
 def test_noiseless_at_the_exact_posterior(word: str) -> None:
     x = torch.tensor([[1.0, -0.4], [0.3, 2.0]]).double()
     estimator = parse(word)
@@ -337,7 +609,9 @@ def test_noiseless_at_the_exact_posterior(word: str) -> None:
     assert max(float(g.abs().max()) for g in draw(word, Conjugate(2, off_by=0.1), x).values()) > 1e-3
 
 
-@pytest.mark.parametrize("word", ["sgvb-a", "iwae:K=3", "reinforce", "vimco:K=3"])
+@pytest.mark.parametrize(
+    "word", ["sgvb-a", "iwae:K=3", "reinforce", "vimco:K=3", "rws:K=3", "vr:K=3", "ciwae:K=3", "tvo:K=3"]
+)
 def test_the_others_are_not_noiseless_there(word: str) -> None:
     x = torch.tensor([[1.0, -0.4], [0.3, 2.0]]).double()
     assert max(float(g.abs().max()) for g in draw(word, Conjugate(2), x).values()) > 0.05
@@ -423,8 +697,12 @@ def largest_t(m: Measurement, wanted: dict[str, np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize(
-    "word", ["sgvb-a", "sgvb-b", "stl:K=2", "reinforce:K=2", "moving-average", "rloo:K=3", "iwae:K=1", "dreg:K=1"]
-)
+    "word",
+    [
+        "sgvb-a", "sgvb-b", "stl:K=2", "reinforce:K=2", "moving-average", "rloo:K=3", "iwae:K=1", "dreg:K=1",
+        "vr:K=2,alpha=1", "ciwae:K=2,beta=1", "tvo:K=2,partitions=1",
+    ],
+)  # fmt: skip
 def test_means_are_the_closed_form(word: str) -> None:
     toy = gaussian_toy()
     m = measure(Problem(toy, X), parse(word), replicates=8192)
@@ -440,8 +718,8 @@ def test_wrong_means_are_not_the_closed_form() -> None:
     problem, wanted = Problem(toy, X), by_hand(toy)
     planted = {
         "another objective": parse("dreg:K=4"),
-        "baseline with its own sample": wrong("elbo", WRONG_COLUMNS["baseline with its own sample"][1]),
-        "sign": wrong("elbo", WRONG_COLUMNS["sign"][1]),
+        "baseline with its own sample": wrong(WRONG_COLUMNS["baseline with its own sample"][1]),
+        "sign": wrong(WRONG_COLUMNS["sign"][1]),
     }
     for name, estimator in planted.items():
         assert largest_t(measure(problem, estimator, replicates=8192), wanted) > 5, name
@@ -493,6 +771,14 @@ def test_values_do_not_depend_on_the_estimator() -> None:
     assert objectives == [False, True, False, True, False]
     assert all(v["evaluations"].value == 4 for v in elbos)
     assert all(1 < v["ess"].value < 4 for v in elbos)
+
+
+def test_bounds_between_are_measured_between() -> None:
+    problem = Problem(gaussian_toy(), X)
+    found = {word: measure(problem, parse(f"{word}:K=4"), replicates=64).values() for word in ("vr", "ciwae", "tvo")}
+    assert all(v["elbo"].value < v["objective"].value < v["iwelbo"].value for v in found.values())
+    halfway = (found["ciwae"]["elbo"].value + found["ciwae"]["iwelbo"].value) / 2
+    assert found["ciwae"]["objective"].value == pytest.approx(halfway, rel=1e-6)
 
 
 # The moving average.
@@ -550,9 +836,14 @@ def test_words_are_read_as_they_are_printed() -> None:
         "rloo:K=2",
         "nvi:K=4,levels=4,resample=systematic,path=learned",
         "moving-average:decay=0.5",
+        "rws-dreg:K=2",
+        "vr:K=4,alpha=-1.0",
+        "ciwae:K=8,beta=0.25",
+        "tvo:K=8,partitions=5,beta1=0.1",
     ):
         assert str(parse(word)) == word
-    assert {type(parse(w)) for w in ("iwae", "dreg", "vimco")} == {IWAE, DReG, VIMCO}
+    assert {type(parse(w)) for w in ("iwae", "dreg", "vimco", "vr", "ciwae")} == {IWAE, DReG, VIMCO, VR, CIWAE}
+    assert {type(parse(w)) for w in ("rws", "rws-dreg", "tvo")} == {RWS, RWSDReG, TVO}
     assert {type(parse(w)) for w in ("sgvb-a", "stl", "rloo", "reinforce")} == {SGVBA, STL, RLOO, Reinforce}
 
 
@@ -568,6 +859,14 @@ def test_words_are_read_as_they_are_printed() -> None:
         ("nvi:levels=1", "nvi needs levels >= 2"),
         ("nvi:path=lerned", "path of nvi should be one of linear, learned, not 'lerned'"),
         ("moving-average:decay=1", "moving-average needs 0 <= decay < 1"),
+        ("vr:alpha=inf", "vr needs a finite alpha, not alpha=inf"),
+        ("vr:alpha=nan", "vr needs a finite alpha, not alpha=nan"),
+        ("ciwae:beta=1.5", "ciwae needs 0 <= beta <= 1, not beta=1.5"),
+        ("ciwae:beta=nan", "ciwae needs 0 <= beta <= 1, not beta=nan"),
+        ("tvo:partitions=0", "tvo needs partitions >= 1, not partitions=0"),
+        ("tvo:beta1=1", "tvo needs 0 < beta1 < 1, not beta1=1.0"),
+        ("tvo:beta1=0", "tvo needs 0 < beta1 < 1, not beta1=0.0"),
+        ("tvo:K=1", "tvo needs K >= 2, not K=1"),
     ],
 )
 def test_wrong_words_are_answered_in_a_sentence(word: str, sentence: str) -> None:

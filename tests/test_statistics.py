@@ -20,7 +20,7 @@ from gradiometer.bench.metrics import (
     variance,
 )
 from gradiometer.bench.models.toys import FunctionToy, GaussianToy
-from gradiometer.bench.moments import Accumulator, Moments, Pooled, shards
+from gradiometer.bench.moments import Accumulator, Moments, Pooled, Sums, shards
 from gradiometer.bench.problems import Problem
 from gradiometer.bench.statistics import Value, exact, jackknife, ratio, student
 from gradiometer.estimators.registry import parse
@@ -39,8 +39,7 @@ def moments_of(g: Array) -> Moments:
 
 def value_of(g: Array, name: str) -> Value:
     moments, metric = moments_of(g), METRICS[name]
-    without = [metric.of(moments.pooled(without=s)) for s in range(len(moments.count))]
-    return jackknife(metric.of(moments.pooled()), without, positive=metric.positive)
+    return jackknife(metric.of(moments.sums), [metric.of(w) for w in moments.without], positive=metric.positive)
 
 
 # The jackknife.
@@ -155,8 +154,8 @@ def test_intervals_of_a_ratio_cover_it() -> None:
 # Signal-to-noise ratios and their floor.
 
 
-def pooled(mean: Array, var: Array, n: int) -> Pooled:
-    return Pooled(n, np.asarray(mean, float), np.asarray(var, float))
+def pooled(mean: Array, var: Array, n: int) -> Sums:
+    return Pooled(n, np.asarray(mean, float), np.asarray(var, float)).sums
 
 
 def test_of_known_moments() -> None:
@@ -173,13 +172,13 @@ def test_of_known_moments() -> None:
 @pytest.mark.parametrize("R", [64, 1024])
 def test_a_zero_mean_shows_the_floor_and_nothing_once_it_is_removed(R: int) -> None:
     P = 4000
-    g = moments_of(np.random.default_rng(2).normal(0, np.linspace(0.1, 9, P), (R, P))).pooled()
+    g = moments_of(np.random.default_rng(2).normal(0, np.linspace(0.1, 9, P), (R, P))).sums
     floor = math.sqrt(2 / (math.pi * R))
     error = math.sqrt((1 - 2 / math.pi) / R / P)  # of the mean of P half-normals
     shown = stats.t(R - 1).expect(np.abs, lb=-50, ub=50) / math.sqrt(R)  # variances are estimates too
     assert abs(snr(g) - shown) < 5 * error
     assert shown == pytest.approx(floor, rel=2 / R)
-    squared = (g.mean**2 / g.variance).mean() * (R - 3) / (R - 1) - 1 / R
+    squared = g.squared_signal / P * (R - 3) / (R - 1) - 1 / R
     assert abs(squared) < 5 * math.sqrt(2 / P) / R * (1 + 10 / R)
     assert snr_corrected(g) < 0.4 * floor
 
@@ -190,12 +189,12 @@ def test_few_replicates_do_not_move_the_floor() -> None:
     error = squared.std() / math.sqrt(squared.size)
     assert abs(squared.mean() * 5 / 7 - 1 / 8) < 5 * error
     assert abs(squared.mean() - 1 / 8) > 5 * error  # without the factor
-    assert snr_corrected(Pooled(8, g.mean(0), g.var(0, ddof=1))) < 0.05
+    assert snr_corrected(Pooled(8, g.mean(0), g.var(0, ddof=1)).sums) < 0.05
 
 
 def test_the_corrected_ratio_is_right_near_the_floor() -> None:
     truth, R = 0.05, 256  # the floor is as large
-    g = moments_of(np.random.default_rng(5).normal(truth, 1, (R, 5000))).pooled()
+    g = moments_of(np.random.default_rng(5).normal(truth, 1, (R, 5000))).sums
     assert snr_corrected(g) == pytest.approx(truth, rel=0.05)
     assert snr(g) > 1.3 * truth
 

@@ -1,0 +1,325 @@
+"""Replicates as rows of one batch: the tape keeps what layers were given, and makes each replicate's gradient of its own rows.
+
+The guide sees the data and no noise, so its networks run once: every replicate has gradients of its own with respect to the guide's
+distribution, and these are carried through the networks side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution
+
+from gradiometer.bench.calls import Call, Factors, known
+from gradiometer.bench.gradients import Parameters
+from gradiometer.bench.outer import Outer
+from gradiometer.bench.products import fast_forward
+from gradiometer.estimators.noise import rebuilt
+
+Owners = Sequence[Sequence[int]]
+"""For each column of a gradient, the estimators it belongs to."""
+
+
+class NotRows(Exception):
+    """Replicates cannot be rows of one batch here; the message names the layer or parameter."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where an estimator's gradient of one parameter is found: the columns (last axis) of a block."""
+
+    block: str
+    columns: slice
+    shape: Size
+
+    def of(self, block: Tensor | Outer) -> Tensor:
+        """The gradients of all replicates, ``[r, *shape]``."""
+        dense = block.columns(self.columns).dense() if isinstance(block, Outer) else block[..., self.columns]
+        return dense.reshape(len(block), *self.shape)
+
+
+@dataclass
+class Pass:
+    """Gradients of some replicates for several estimators.
+
+    Attributes:
+        blocks: gradients ``[r, ...]``, each for one estimator or, as its columns, for several.
+        parts: per estimator, where its gradient of each parameter is; of those that are missing it is zero.
+        log_w: detached, ``[K, r, B]``.
+    """
+
+    blocks: dict[str, Tensor | Outer]
+    parts: list[dict[str, Part]]
+    log_w: Tensor | None
+
+
+class Network:
+    """A model's layers and parameters, as recording needs them.
+
+    Args:
+        model: whose calls are recorded.
+        learned: the modules an estimator learns beside it.
+        parameters: ``{group: {name: parameter}}``.
+        batch: data points.
+
+    Raises:
+        NotRows: a parameter that replicates cannot have gradients of their own for.
+    """
+
+    def __init__(self, model: Any, learned: Mapping[str, nn.Module], parameters: Parameters, batch: int) -> None:
+        self.parameters, self.batch = parameters, batch
+        self.owner = {id(p): name for members in parameters.values() for name, p in members.items()}
+        modules = dict.fromkeys(m for root in (model, *learned.values()) for m in root.modules())
+        self.layers = [m for m in modules if known(m)]
+        of_layers = {id(p) for layer in self.layers for p in layer.parameters(recurse=False)}
+        self.free = {
+            name: (module, attribute, p)
+            for module in modules
+            for attribute, p in module.named_parameters(recurse=False)
+            if id(p) not in of_layers and (name := self.owner.get(id(p))) is not None
+        }
+        for name, (module, _, _) in self.free.items():
+            if type(module).__module__.startswith("torch.nn"):
+                raise NotRows(f"parameter {name!r} belongs to a layer of type {type(module).__name__}")
+        forwards = {layer: fast_forward(layer) for layer in self.layers if type(layer) is nn.Linear}
+        self.forwards = {layer: forward for layer, forward in forwards.items() if forward is not None}
+        self.guide: tuple[Distribution, list[Call]] | None = None  # once it ran
+        self.axes: list[int] = []  # where replicates are, by the number of the call
+
+    def find_axes(self, two: Sequence[Size], three: Sequence[Size]) -> None:
+        """Find the replicate axis of every call from the shapes of the same calls for two and for three replicates."""
+        if len(two) != len(three):
+            raise NotRows("the number of its layers' calls changes with the number of replicates")
+        for number, (a, b) in enumerate(zip(two, three, strict=True)):
+            changed = [i for i, (m, n) in enumerate(zip(a, b, strict=False)) if m != n]
+            if len(a) != len(b) or len(changed) != 1:
+                raise NotRows(f"call {number + 1} of its layers, on shape {tuple(a)}, has no replicate axis")
+            self.axes.append(changed[0])
+
+    @contextmanager
+    def recording(self, record: Callable[[nn.Module, Tensor, Tensor], None], leaves: Mapping[str, Tensor]) -> Iterator[None]:
+        """While open, calls of layers are reported, linear ones are made fast, and free parameters stand aside for `leaves`."""
+
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            record(layer, inputs[0].detach(), output)
+
+        handles = [layer.register_forward_hook(hook) for layer in self.layers]
+        aside = [(module, attribute, leaves[name]) for name, (module, attribute, _) in self.free.items()]
+        aside += [(layer, "forward", forward) for layer, forward in self.forwards.items()]
+        for module, attribute, instead in aside:
+            module.__dict__[attribute] = instead  # found before the parameter or method of that name
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, attribute, _ in aside:
+                module.__dict__.pop(attribute, None)
+
+
+class _Guide:
+    """A guide that ran once: the calls of its networks, and its parameters with the leaves that stand for them."""
+
+    def __init__(self, calls: list[Call], pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.calls, self.pairs = calls, pairs
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [leaf for _, leaf in self.pairs]
+
+    def carried(self, calls: Sequence[Call], slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients ``[n, *output]`` of the calls' outputs, from gradients ``[n, B, ...]`` of the guide's parameters."""
+        reached = [(p, s) for (p, _), s in zip(self.pairs, slopes, strict=True) if s is not None]
+        if not reached or not calls:
+            return [None] * len(calls)
+        return list(
+            torch.autograd.grad(
+                [parameter for parameter, _ in reached],
+                [call.output for call in calls],
+                [slope.unsqueeze(1) for _, slope in reached],  # [n, 1, B, ...]
+                is_grads_batched=True,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        )
+
+
+class Tape:
+    """Records one pass over `R` replicates and gathers their gradients by parameter, for a number of estimators."""
+
+    def __init__(self, network: Network, R: int, estimators: int = 1) -> None:
+        self.R, self.network = R, network
+        self.calls: list[Call] = []  # all of them: a later surrogate may reach back into the graph of an earlier one
+        self.guides: list[_Guide] = []
+        self.blocks: dict[str, Tensor | Outer] = {}
+        self.parts: list[dict[str, Part]] = [{} for _ in range(estimators)]
+        self._leaves = {  # beside events of the same shape
+            name: p.detach().expand(R, 1, *p.shape).requires_grad_() for name, (_, _, p) in network.free.items()
+        }
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While open, every call of a known layer is kept, and each replicate has a copy of every other parameter."""
+
+        def record(layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
+            self.calls.append(Call(layer, inputs, output, len(self.calls)))
+
+        with self.network.recording(record, self._leaves):
+            yield
+
+    def guide(self, make: Callable[[], Distribution], particles: int | None = None) -> Distribution:
+        """The guide, which `make` gives ``(1, B)``, with parameters that are leaves ``[R, B, ...]``, or ``[K, R, B, ...]``.
+
+        Raises:
+            NotImplementedError: it is not rebuilt from its parameters, or they are not ``[1, B, ...]``.
+        """
+        if self.network.guide is None:
+            start = len(self.calls)
+            made = make()
+            self.network.guide = made, self.calls[start:]
+            del self.calls[start:]
+        q, calls = self.network.guide
+        pairs: list[tuple[Tensor, Tensor]] = []
+        lead = (self.R,) if particles is None else (particles, self.R)
+
+        def leaf(parameter: Tensor) -> Tensor:
+            if parameter.shape[:1] != (1,):
+                raise NotImplementedError("a parameter of the guide has no batch axis")
+            grown = parameter.detach().expand(*lead, *parameter.shape[1:])
+            if parameter.requires_grad:
+                pairs.append((parameter, grown.requires_grad_()))
+            return grown
+
+        changed = rebuilt(q, leaf)
+        self.guides.append(_Guide(calls, pairs))
+        return changed
+
+    def of_group(self, group: str, calls: Sequence[Call]) -> list[Call]:
+        """Those calls whose layer belongs to a group and whose output has a gradient."""
+        members = {id(p) for p in self.network.parameters.get(group, {}).values()}
+        return [
+            call
+            for call in calls
+            if call.output.requires_grad and any(id(p) in members for p in call.layer.parameters(recurse=False))
+        ]
+
+    def free_of(self, group: str) -> dict[str, Tensor]:
+        """The copies that replicates have of a group's parameters outside layers, ``{name: [R, 1, *shape]}``."""
+        return {name: self._leaves[name] for name in self.network.parameters.get(group, {}) if name in self._leaves}
+
+    def ascend(self, group: str, total: Tensor, owner: int = 0) -> None:
+        """Add the gradient of `total`, a sum over replicates, for an estimator and the parameters of a group."""
+        mine, free = self.of_group(group, self.calls), self.free_of(group)
+        leaves = [leaf for guide in self.guides for leaf in guide.leaves]
+        slopes = iter(gradient(total, [*(call.output for call in mine), *free.values(), *leaves]))
+        self.put(mine, list(islice(slopes, len(mine))), [[owner]])
+        for name in free:
+            self.put_free(name, next(slopes), [owner])
+        for guide in self.guides:
+            self.carry(group, guide, list(islice(slopes, len(guide.leaves))), [owner])
+
+    def carry(self, group: str, guide: _Guide, slopes: Sequence[Tensor | None], owners: Sequence[int]) -> None:
+        """Add what gradients ``[E * R, B, ...]`` of a guide's parameters are for the networks behind it."""
+        calls = self.of_group(group, guide.calls)
+        for call, slope in zip(calls, guide.carried(calls, slopes), strict=True):
+            if slope is None:
+                continue
+            for factors in call.factors(slope):
+                inputs = _with_ones(factors, factors.inputs.reshape(1, -1, factors.inputs.shape[-1]))
+                for owner, rows in zip(owners, factors.cotangents.split(self.R), strict=True):
+                    block = f"{self.network.owner[id(factors.weight)]}#{owner}"
+                    self._add(block, Outer(inputs, rows.reshape(self.R, -1, rows.shape[-1])), factors, [[owner]])
+
+    def put(
+        self,
+        calls: Sequence[Call],
+        slopes: Sequence[Tensor | None],
+        owners: Owners,
+        columns: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Add calls, given the gradients of their outputs, as they are or with the rows weighted by columns ``[..., R, B]``."""
+        for call, slope in zip(calls, slopes, strict=True):
+            if slope is None:
+                continue
+            for factors in call.factors(slope):
+                name = self.network.owner[id(factors.weight)]
+                inputs, cotangents = (self._replicates_first(call, t, columns) for t in (factors.inputs, factors.cotangents))
+                made = Outer(
+                    _with_ones(factors, inputs) if columns is None else _weighted(factors, inputs, columns),
+                    cotangents.flatten(1, -2),
+                )
+                self._add(name if columns is not None else f"{name}#{owners[0][0]}", made, factors, owners)
+
+    def put_free(self, name: str, slope: Tensor | None, owners: Sequence[int]) -> None:
+        """Add a gradient ``[R, 1, *shape]`` of the copies of a parameter outside layers."""
+        if slope is None:
+            return
+        made, block = slope.squeeze(1), f"{name}#{owners[0]}"
+        self.blocks[block] = self.blocks[block] + made if block in self.blocks else made
+        for owner in owners:
+            self.parts[owner][name] = Part(block, slice(None), made.shape[1:])
+
+    def finished(self, log_w: Tensor | None) -> Pass:
+        """All that was added."""
+        return Pass(self.blocks, self.parts, log_w)
+
+    def _replicates_first(self, call: Call, rows: Tensor, columns: Sequence[Tensor] | None) -> Tensor:
+        """The rows of a call, ``[R, rows, features]``, or ``[R, K, B, L, features]`` where they are weighted by columns."""
+        if columns is not None:
+            if call.rows.numel() != columns[0].numel():
+                raise NotRows(f"{type(call.layer).__name__} was called on shape {tuple(call.inputs.shape)}")
+            return rows.reshape(*columns[0].shape, *rows.shape[-2:]).movedim(-4, 0)
+        axis = self.network.axes[call.number]
+        if len(call.rows) == 1:  # a model may have flattened them
+            B = self.network.batch
+            if call.rows[0] % (self.R * B):
+                raise NotRows(f"{type(call.layer).__name__} was called on shape {tuple(call.inputs.shape)}")
+            rows, axis = rows.reshape(-1, self.R, B, *rows.shape[-2:]), 1
+        return rows.movedim(axis, 0).flatten(1, -2)
+
+    def _add(self, block: str, made: Outer, factors: Factors, owners: Owners) -> None:
+        before = self.blocks.get(block)
+        self.blocks[block] = made if before is None else before + made  # type: ignore[operator]
+        wide = factors.inputs.shape[-1]
+        step = wide + (factors.bias is not None)
+        for column, estimators in enumerate(owners):
+            start = column * step
+            self._own(factors.weight, block, slice(start, start + wide), estimators)
+            if factors.bias is not None:
+                self._own(factors.bias, block, slice(start + wide, start + step), estimators)
+
+    def _own(self, parameter: nn.Parameter, block: str, columns: slice, estimators: Sequence[int]) -> None:
+        name, part = self.network.owner[id(parameter)], Part(block, columns, parameter.shape)
+        for estimator in estimators:
+            if self.parts[estimator].setdefault(name, part) != part:
+                raise NotRows(f"{name!r} was called in two ways that do not add up row by row")
+
+
+def _with_ones(factors: Factors, inputs: Tensor) -> Tensor:
+    """Inputs ``[..., in]`` with the bias's constant beside them."""
+    return inputs if factors.bias is None else torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
+
+
+def _weighted(factors: Factors, inputs: Tensor, columns: Sequence[Tensor]) -> Tensor:
+    """Inputs ``[R, ..., B, L, in]``, and the bias's constant, once for every column of row weights, ``[R, n, C * in]``."""
+    wide = inputs.shape[-1]
+    made = inputs.new_empty(*inputs.shape[:-1], len(columns), wide + (factors.bias is not None))
+    for column, weights in enumerate(columns):
+        of_row = weights.movedim(-2, 0)[..., None, None]  # [R, ..., B, 1, 1]
+        torch.mul(inputs, of_row, out=made[..., column, :wide])
+        if factors.bias is not None:
+            made[..., column, wide] = of_row[..., 0]
+    return made.flatten(-2).flatten(1, -2)
+
+
+def gradient(total: Tensor, wanted: Sequence[Tensor], along: Tensor | None = None) -> list[Tensor | None]:
+    """Gradients of `total` (or of its product with `along`) with respect to tensors, None where there is none."""
+    if not wanted or not total.requires_grad:
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(total, list(wanted), along, retain_graph=True, allow_unused=True))
