@@ -31,12 +31,19 @@ class Folding:
         parameters: of each of them, ``{group: {name: parameter}}``.
         replicates: how many there are at first; the second half of them is projected on directions from the first.
         traces: keep squared norms in the place of every coordinate's second moment.
+        means: mean gradients by parameter, in the place of the estimators' own over the first half.
     """
 
     def __init__(
-        self, estimators: Sequence[Estimator], parameters: Sequence[Parameters], replicates: int, traces: bool = False
+        self,
+        estimators: Sequence[Estimator],
+        parameters: Sequence[Parameters],
+        replicates: int,
+        *,
+        traces: bool = False,
+        means: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.estimators, self.parameters, self.traces = list(estimators), list(parameters), traces
+        self.estimators, self.parameters, self.traces, self.means = list(estimators), list(parameters), traces, means
         self.replicates = 0
         self.number = len(shards(replicates))
         self.sums: dict[str, Accumulator] = {}
@@ -54,11 +61,6 @@ class Folding:
     def half(self) -> int:
         """The first shard of the second half."""
         return self.number // 2
-
-    @property
-    def middle(self) -> int:
-        """The first replicate of the second half."""
-        return self._shards[self.half][0].start
 
     def extend(self, replicates: int) -> range:
         """Expect more replicates, spread over the shards; returns which."""
@@ -82,6 +84,8 @@ class Folding:
             raise NotRows("what its gradients are made of changes between replicates")
         self._finished.clear()
         for number, rows in self._pieces(replicates):
+            if number == self.half and not self._towards:
+                self._project()
             wanted = min(rows.stop - rows.start, self._to_project[number])
             self._to_project[number] -= wanted
             projections = {
@@ -93,8 +97,8 @@ class Folding:
             if wanted:
                 self._keep(number, projections, wanted)
 
-    def project(self, means: Mapping[str, Tensor] | None = None) -> None:
-        """Project the second half on the directions of mean gradients: given ones, or the estimators' own over the first half."""
+    def _project(self) -> None:
+        """From here on, replicates are projected on the directions of mean gradients."""
         own = {block: accumulator.mean(self.half) for block, accumulator in self.sums.items()}
         self._towards = {block: torch.zeros_like(mean) for block, mean in own.items()}
         known = set()  # estimators that share columns share the direction
@@ -107,10 +111,10 @@ class Folding:
                 known.add(key)
                 places = {name: self._towards[part.block][..., part.columns] for name, part in parts.items()}
                 for name, part in parts.items():
-                    if means is None:
+                    if self.means is None:
                         places[name].copy_(own[part.block][..., part.columns])
-                    elif name in means:
-                        places[name].copy_(means[name].reshape(places[name].shape))
+                    elif name in self.means:
+                        places[name].copy_(self.means[name].reshape(places[name].shape))
                 _normalize(list(places.values()))
         for number in range(self.half, self.number):
             self._to_project[number] = max(PROJECTED, len(self._shards[number][0]) // 8)

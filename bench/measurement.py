@@ -252,12 +252,11 @@ class _Asked:
     def of(self, plan: Plan) -> list[Measurement]:
         """Measure the estimators of a plan together."""
         parameters = [s.parameters for s in plan.subjects]
-        folding = Folding([s.estimator for s in plan.subjects], parameters, self.replicates, plan.engine == "ghost")
+        estimators, traces = [s.estimator for s in plan.subjects], plan.engine == "ghost"
+        folding = Folding(estimators, parameters, self.replicates, traces=traces, means=self.means)
         counted = plan.subjects[0].model
-        before, middle = counted.evaluations, folding.middle
-        self._fold(plan, folding, range(middle))
-        folding.project(self.means)
-        self._fold(plan, folding, range(middle, self.replicates))
+        before = counted.evaluations
+        self._fold(plan, folding, range(self.replicates))
         while not (met := self._precise(folding)) and (more := self._further(folding)):
             self._fold(plan, folding, folding.extend(more))
         evaluations = (counted.evaluations - before) / (folding.replicates * len(self.problem.x))

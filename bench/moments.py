@@ -7,8 +7,10 @@ however large the mean.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,10 +27,13 @@ from gradiometer.estimators.noise import BLOCK
 
 SHARDS = 16
 TILE = 2**15  # elements of a temporary that stays in the cache nearest the processor
+LARGE = 2**18  # elements of a gradient from which it is made in parts, so that it and its sums stay in a cache
+FEW_COLUMNS = 8
+PAIRED = 1024  # pairs of rows that are held at once
 CANCELLED = 1e-2  # a variance smaller than this part of the second moment has lost digits: it needs a pilot
 AGREED = 1e-3  # relative difference of second moments made in two ways, in every coordinate, if neither has cancelled
 ENOUGH = 4  # replicates that show whether terms cancel
-FEW, SHARED_FEW = 6, 32  # rows up to which sums over their pairs are cheaper than one gradient after the other
+FEW, SHARED_FEW = 5, 32  # rows up to which sums over their pairs are cheaper than one gradient after the other
 Array = NDArray[np.float64]
 
 
@@ -66,6 +71,7 @@ class Moments:
 
 Slice = tuple[int | None, int | None]
 """Columns (last axis) of a block that are one parameter's, as a slice's start and stop."""
+Tile = tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]
 Projections = dict[Slice, tuple[Tensor, Tensor]]
 """Inner products with a direction and squared norms of replicates, ``[r]`` each, by columns."""
 
@@ -107,13 +113,13 @@ class Accumulator(ABC):
         """The mean over the shards before `upto`, in the block's shape."""
 
     @abstractmethod
-    def _tile(self, units: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Of some outputs and columns: sums per shard of deviations and of their squares ``[S, m]``, and the pilot ``[m]``."""
+    def _tile(self, units: slice, columns: slice) -> Tile:
+        """Of some outputs and columns, flattened: per shard, the sums of deviations and of their squares; the pilot, if any."""
 
     def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
         """Of the block, or of some of its columns (last axis), in the parameter's shape."""
-        wide = len(range(*columns.indices(self.shape[-1]))) if self.shape else 1
-        tall = self.shape.numel() // (self.shape[-1] if self.shape else 1)
+        wide = len(range(*columns.indices(self.shape[-1])))
+        tall = self.shape.numel() // self.shape[-1]
         step = max(1, TILE // wide)
         parts = [
             _summary(*self._tile(slice(start, start + step), columns), self.count) for start in range(0, tall, step)
@@ -124,16 +130,43 @@ class Accumulator(ABC):
     def first_not_finite(self, columns: slice) -> int:
         """The first shard with a gradient that is not finite in these columns: a sum of squares forgets no NaN."""
         _, second, _ = self._tile(slice(None), columns)
-        return int(second.sum(1).isfinite().logical_not().nonzero()[0])
+        return [bool(m.sum().isfinite()) for m in second].index(False)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A gradient from which deviations are taken; `columns` are those where it is not zero, if they are few."""
+
+    dense: Tensor
+    columns: tuple[int, ...] | None = None
+
+    @staticmethod
+    def where_needed(gradients: Tensor, cancelled: Tensor) -> Pilot | None:
+        """The mean gradient, in those columns alone (a bias, a saturated unit) that have a coordinate that cancels without."""
+        if not cancelled.any():
+            return None
+        columns = cancelled.flatten(0, -2).any(0).nonzero().flatten().tolist() if cancelled.dim() > 1 else []
+        if not 0 < len(columns) <= FEW_COLUMNS:
+            return Pilot(gradients)
+        return Pilot(torch.zeros_like(gradients).index_copy_(-1, torch.tensor(columns), gradients[..., columns]), tuple(columns))
+
+    def taken_from(self, gradient: Tensor, units: slice) -> Tensor:
+        """Deviations of a gradient ``[units, in]``, in its place."""
+        if self.columns is None:
+            return gradient.sub_(self.dense[units])
+        for column in self.columns:
+            gradient[:, column].sub_(self.dense[units, column])
+        return gradient
 
 
 class Dense(Accumulator):
     """Holds the sums of every coordinate; of factors, one gradient is made after the other."""
 
-    def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice], pilot: Tensor | None = None) -> None:
+    def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice], pilot: Pilot | None = None) -> None:
         super().__init__(like, shards, slices)
-        values = like.cotangents if isinstance(like, Outer) else like
-        self.first, self.second = (values.new_empty(shards, *self.shape) for _ in range(2))
+        self.like = like.cotangents if isinstance(like, Outer) else like
+        self.first: list[Tensor] = [self.like.new_empty(0)] * shards
+        self.second = list(self.first)
         self.pilot = pilot
 
     def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
@@ -151,7 +184,7 @@ class Dense(Accumulator):
     def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
         first, second = self._places(shard)
         assert isinstance(gradients, Tensor)
-        deviations = gradients if self.pilot is None else gradients - self.pilot
+        deviations = gradients if self.pilot is None else gradients - self.pilot.dense
         if len(deviations) == 1:
             first.add_(deviations[0])
             second.addcmul_(deviations[0], deviations[0])
@@ -160,22 +193,19 @@ class Dense(Accumulator):
             second.add_(deviations.square().sum(0))
 
     def _places(self, shard: int) -> tuple[Tensor, Tensor]:
-        first, second = self.first[shard], self.second[shard]
         if self.count[shard] == 0:
-            first.zero_()
-            second.zero_()
-        return first, second
+            self.first[shard], self.second[shard] = (self.like.new_zeros(self.shape) for _ in range(2))
+        return self.first[shard], self.second[shard]
 
     def mean(self, upto: int) -> Tensor:
-        mean = self.first[:upto].sum(0) / self.count[:upto].sum()
-        return mean if self.pilot is None else mean + self.pilot
+        mean = functools.reduce(operator.add, self.first[:upto]) / self.count[:upto].sum()
+        return mean if self.pilot is None else mean + self.pilot.dense
 
-    def _tile(self, units: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
-        wide = self.shape[-1] if self.shape else 1
-        first, second = (m.view(len(m), -1, wide)[:, units, columns].flatten(1) for m in (self.first, self.second))
-        if self.pilot is None:
-            return first, second, first.new_zeros(first.shape[1])
-        return first, second, self.pilot.view(-1, wide)[units, columns].flatten()
+    def _tile(self, units: slice, columns: slice) -> Tile:
+        def of(m: Tensor) -> Tensor:
+            return m.view(-1, self.shape[-1])[units, columns].flatten()
+
+        return [of(m) for m in self.first], [of(m) for m in self.second], self.pilot and of(self.pilot.dense)
 
 
 class Paired(Dense):
@@ -186,7 +216,7 @@ class Paired(Dense):
     """
 
     def __init__(self, like: Outer, shards: int, slices: Iterable[Slice], centre: Outer | None = None) -> None:
-        super().__init__(like, shards, slices, None if centre is None else centre.dense()[0])
+        super().__init__(like, shards, slices, None if centre is None else Pilot(centre.dense()[0]))
         self.centre = centre
 
     def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
@@ -195,8 +225,11 @@ class Paired(Dense):
     def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
         assert isinstance(gradients, Outer)
         deviations = gradients if self.centre is None else minus(gradients, self.centre)
-        for into, made in ((self.first, deviations.total()), (self.second, deviations.squared().total())):
-            into[shard] = made if self.count[shard] == 0 else into[shard].add_(made)
+        step = max(1, PAIRED // (deviations.rows * (deviations.rows + 1) // 2))
+        for start in range(0, len(deviations), step):
+            part = deviations[start : start + step]
+            for into, made in ((self.first, part.total()), (self.second, part.squared().total())):
+                into[shard] = into[shard].add_(made) if len(into[shard]) else made
 
 
 class Shared(Accumulator):
@@ -207,6 +240,7 @@ class Shared(Accumulator):
 
     def __init__(self, like: Outer, shards: int, slices: Iterable[Slice]) -> None:
         super().__init__(like, shards, slices)
+        like = like.flat()
         n, out = like.cotangents.shape[1:]
         self.inputs, self.pilot = like.inputs[0], like.cotangents.mean(0)  # [n, in], [n, out]
         self.first = like.cotangents.new_zeros(shards, n, out)
@@ -214,7 +248,7 @@ class Shared(Accumulator):
 
     def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
         assert isinstance(gradients, Outer)
-        deviations = gradients.cotangents - self.pilot  # [r, n, out]
+        deviations = gradients.flat().cotangents - self.pilot  # [r, n, out]
         self.first[shard] += deviations.sum(0)
         if len(self.inputs) == 1:
             self.second[shard, :, 0, 0] += deviations.square().sum((0, 1))
@@ -225,19 +259,19 @@ class Shared(Accumulator):
     def mean(self, upto: int) -> Tensor:
         return product((self.first[:upto].sum(0) / self.count[:upto].sum() + self.pilot).T, self.inputs.T)
 
-    def _tile(self, units: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _tile(self, units: slice, columns: slice) -> Tile:
         inputs, S = self.inputs[:, columns].T, len(self.first)
         first = product(self.first[..., units].mT.flatten(0, 1), inputs).view(S, -1)
         n, m = pairs_of(len(self.inputs), inputs.device)
         forms = self.second[:, units, n, m].flatten(0, 1) * twice(n, m).to(inputs)[:, 0]  # [S * t, pairs]
         second = product(forms, inputs[:, n] * inputs[:, m]).view(S, -1)
-        return first, second, product(self.pilot[:, units].T, inputs).flatten()
+        return list(first), list(second), product(self.pilot[:, units].T, inputs).flatten()
 
     def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
         if len(self.inputs) > 1:
             return super().moments(columns, shape)
         # Every gradient is one vector times the same inputs: the vector's moments, and how often each is seen.
-        of = _summary(self.first[:, 0], self.second[..., 0, 0], self.pilot[0], self.count)
+        of = _summary(list(self.first[:, 0]), list(self.second[..., 0, 0]), self.pilot[0], self.count)
         a = self.inputs[0, columns].double().cpu().numpy()
         size, seen = float(a @ a), float(np.count_nonzero(a))
         sums = of.sums * np.array([size, size, seen, seen, seen])[:, None]
@@ -263,9 +297,8 @@ class Traces(Accumulator):
     def mean(self, upto: int) -> Tensor:
         return self.first[:upto].sum(0) / self.count[:upto].sum()
 
-    def _tile(self, units: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
-        squares = self.squares[columns.start, columns.stop][:, None]
-        return self.first[..., columns].flatten(1), squares, squares.new_zeros(1)
+    def _tile(self, units: slice, columns: slice) -> Tile:
+        return list(self.first[..., columns].flatten(1)), list(self.squares[columns.start, columns.stop]), None
 
     def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
         """Variances of coordinates are not known: nan.
@@ -274,11 +307,11 @@ class Traces(Accumulator):
             Cancelled: the mean is so large against the noise that squared norms do not tell it.
         """
         first, squares, _ = self._tile(slice(None), columns)
-        total, n = first.sum(0), float(self.count.sum())
+        total, n = self.first[..., columns].sum(0).flatten(), float(self.count.sum())
         rows = []
-        for f, q, left in ((0.0, 0.0, n), *zip(first, squares[:, 0].tolist(), n - self.count, strict=True)):
+        for f, q, left in ((0.0, 0.0, n), *zip(first, squares, n - self.count, strict=True)):
             square = float(torch.linalg.vector_norm(total - f, dtype=torch.float64)) ** 2
-            second = float(squares.sum()) - q
+            second = float(sum(squares) - q)
             variance = max(0.0, second - square / left) / (left - 1)
             if 0 < second and variance * left < CANCELLED / 10 * second:
                 raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")
@@ -300,7 +333,7 @@ def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice])
                 return Shared(beginning, shards, slices)
         elif beginning.rows <= FEW and len(beginning) >= ENOUGH:
             first, second = beginning.total(), beginning.squared().total()
-            if not _cancels(first, second, len(beginning)):
+            if not _cancelled(first, second, len(beginning)).any():
                 if beginning.rows == 1 or _pairs_agree(beginning):
                     return Paired(beginning, shards, slices)
             elif _pairs_agree(minus(beginning, centre := _centre(beginning))):
@@ -309,23 +342,25 @@ def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice])
         add_one_by_one(beginning, first, second)
     else:
         first, second = beginning.sum(0), beginning.square().sum(0)
-    pilot = first / len(beginning) if _cancels(first, second, len(beginning)) else None
+    pilot = Pilot.where_needed(first / len(beginning), _cancelled(first, second, len(beginning)))
     return Dense(beginning, shards, slices, pilot)
 
 
 def minus(gradients: Outer, centre: Outer) -> Outer:
     """Gradients less one that is given by its factors: ``d a - c b = (d - c) a + c (a - b)``, small where the noise is."""
-    left, right = centre.cotangents, centre.inputs
+    gradients, left, right = gradients.flat(), centre.cotangents, centre.inputs
     e, f = gradients.cotangents - left, gradients.inputs - right
     return Outer(torch.cat([gradients.inputs, f], 1), torch.cat([e, left.expand_as(e)], 1))
 
 
 def _centre(gradients: Outer) -> Outer:
-    return Outer(gradients.inputs.mean(0, keepdim=True), gradients.cotangents.mean(0, keepdim=True))
+    flat = gradients.flat()
+    return Outer(flat.inputs.mean(0, keepdim=True), flat.cotangents.mean(0, keepdim=True))
 
 
-def _cancels(first: Tensor, second: Tensor, n: int) -> bool:
-    return bool((torch.addcmul(second, first, first, value=-1 / n) < CANCELLED * second).any())
+def _cancelled(first: Tensor, second: Tensor, n: int) -> Tensor:
+    """Where a variance made from sums of gradients and of squares would have lost digits."""
+    return torch.addcmul(second, first, first, value=-1 / n) < CANCELLED * second
 
 
 def _pairs_agree(deviations: Outer) -> bool:
@@ -336,7 +371,7 @@ def _pairs_agree(deviations: Outer) -> bool:
 
 
 def add_one_by_one(
-    gradients: Outer, first: Tensor, second: Tensor, pilot: Tensor | None = None, towards: Tensor | None = None
+    gradients: Outer, first: Tensor, second: Tensor, pilot: Pilot | None = None, towards: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add the sums over replicates of deviations from `pilot`, and of their squares, in tiles that stay in the cache.
 
@@ -344,7 +379,7 @@ def add_one_by_one(
         Down each column, the inner products with the direction `towards` and the squares of the gradients, ``[r, in]`` each.
     """
     tall, wide = gradients.shape
-    step = max(1, 4 * TILE // wide)
+    step = -(-tall // -(-tall * wide // LARGE))
     along, squared = first.new_zeros(2, len(gradients) if towards is not None else 0, wide)
     for start in range(0, tall, step):
         units = slice(start, start + step)
@@ -354,7 +389,7 @@ def add_one_by_one(
                 along[r] += (gradient * towards[units]).sum(0)
                 squared[r] += gradient.square().sum(0)
             if pilot is not None:
-                gradient = gradient.sub_(pilot[units])
+                gradient = pilot.taken_from(gradient, units)
             of_first.add_(gradient)
             of_second.addcmul_(gradient, gradient)
     return along, squared
@@ -369,30 +404,34 @@ class _Summary:
     sums: Array
 
 
-def _summary(first: Tensor, second: Tensor, pilot: Tensor, count: Array) -> _Summary:
-    total, squares, n = first.sum(0), second.sum(0), float(count.sum())
-    mean, variance = _pooled(*(m.to(torch.float64, copy=True) for m in (total, squares)), pilot, n)
-    rows = [_sums(mean, variance)]
+def _summary(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | None, count: Array) -> _Summary:
+    n = float(count.sum())
+    total, squares = functools.reduce(operator.add, first), functools.reduce(operator.add, second)
+    mean = total.double().div_(n)
+    variance = torch.addcmul(squares.double(), mean, mean, value=-n).clamp_(min=0).div_(n - 1)
+    rows = [_sums(total.clone(), squares.clone(), pilot, n)]
     a, v = torch.empty_like(total), torch.empty_like(total)
-    for shard, (f, s) in enumerate(zip(first, second, strict=True)):
-        left = n - float(count[shard])
-        rows.append(_sums(*_pooled(torch.sub(total, f, out=a), torch.sub(squares, s, out=v), pilot, left)))
-    sums = torch.stack(rows, 1).double().cpu().numpy()
-    return _Summary(mean.cpu().numpy(), variance.cpu().numpy(), sums)
+    for f, s, taken in zip(first, second, count, strict=True):
+        rows.append(_sums(torch.sub(total, f, out=a), torch.sub(squares, s, out=v), pilot, n - float(taken)))
+    if pilot is not None:
+        mean += pilot
+    return _Summary(mean.cpu().numpy(), variance.cpu().numpy(), np.array(rows).T)
 
 
-def _pooled(first: Tensor, second: Tensor, pilot: Tensor, n: float) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance from sums of deviations from a pilot and of their squares, in their place."""
-    variance = second.addcmul_(first, first, value=-1 / n).clamp_(min=0).div_(n - 1)
-    return first.div_(n).add_(pilot), variance
-
-
-def _sums(mean: Tensor, variance: Tensor) -> Tensor:
-    noise = variance.rsqrt().nan_to_num_(posinf=0.0)  # no variance, no ratio
-    signal = (mean * noise).abs_()
-    noisy = torch.count_nonzero(noise).to(mean)
-    terms = (torch.dot(mean, mean), variance.sum(), noisy, signal.sum(), torch.dot(signal, signal))
-    return torch.stack(terms).double()
+def _sums(first: Tensor, second: Tensor, pilot: Tensor | None, n: float) -> list[float]:
+    """The fields of `Sums` but n, from sums of deviations and of their squares, which it uses up."""
+    variance = second.addcmul_(first, first, value=-1 / n)  # times n - 1
+    mean = first if pilot is None else first.add_(pilot, alpha=n)  # times n
+    noise, noisy = variance.rsqrt(), len(variance)
+    if not variance.amin() > 0:  # no variance, no ratio
+        variance.clamp_(min=0)
+        noise = variance.rsqrt().nan_to_num_(posinf=0.0)
+        noisy = int(torch.count_nonzero(noise))
+    squared_mean, ratio = float(torch.dot(mean, mean)), noise.mul_(mean)
+    squared_ratio, absolute = float(torch.dot(ratio, ratio)), float(ratio.abs_().sum())
+    scales = (1 / n**2, 1 / (n - 1), 1, math.sqrt(n - 1) / n, (n - 1) / n**2)
+    sums = (squared_mean, float(variance.sum()), noisy, absolute, squared_ratio)
+    return [value * scale for value, scale in zip(sums, scales, strict=True)]
 
 
 def _moments(mean: Array, variance: Array, sums: Array, count: Array, shape: Sequence[int]) -> Moments:

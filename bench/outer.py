@@ -3,12 +3,12 @@
 Replicate r's gradient is ``D_r^T A_r``, from the layer's inputs A and the gradients D of its outputs. Sums over replicates,
 projections, norms and second moments all come from the factors; the ``[replicates, out, in]`` array is never made.
 
-A bias is the weight of an input that is always one, so it is a column of the same gradient; and gradients of several estimators
-that differ in the weights of the rows alone are columns too, each the inputs times its weights.
+Gradients of several estimators that differ in the weights of the rows alone stand side by side, each with the inputs times its weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,9 +20,11 @@ from gradiometer.bench.products import product
 
 @dataclass(frozen=True)
 class Outer:
-    """Gradients ``sum_n cotangents[r, n] (outer) inputs[r, n]`` of replicates r; shapes ``[r, n, in]``, ``[r, n, out]``.
+    """Gradients ``sum_n cotangents[r, n] (outer) inputs[r, n]`` of replicates r; shapes ``[r, *n, in]``, ``[r, *n, out]``.
 
-    Inputs ``[1, n, in]`` are the same for all replicates, as a guide's are, which sees the data and no noise.
+    The terms of a sum are its rows, on one axis or several (particles and data may lie far apart in memory, and are brought together
+    only where that is needed). Inputs ``[1, *n, in]`` are the same for all replicates, as a guide's are, which sees the data and no
+    noise.
     """
 
     inputs: Tensor
@@ -36,8 +38,8 @@ class Outer:
 
     def __add__(self, other: Outer) -> Outer:
         """The sum of two calls' gradients: their rows side by side."""
-        rows = [g.inputs.expand(len(self), -1, -1) for g in (self, other)]
-        return Outer(torch.cat(rows, 1), torch.cat([self.cotangents, other.cotangents], 1))
+        rows = [g.inputs.flatten(1, -2).expand(len(self), -1, -1) for g in (self, other)]
+        return Outer(torch.cat(rows, 1), torch.cat([g.cotangents.flatten(1, -2) for g in (self, other)], 1))
 
     @property
     def shape(self) -> torch.Size:
@@ -47,12 +49,16 @@ class Outer:
     @property
     def rows(self) -> int:
         """The terms of one replicate's sum."""
-        return self.inputs.shape[1]
+        return math.prod(self.inputs.shape[1:-1])
 
     @property
     def shared(self) -> bool:
         """Whether all replicates have the same inputs."""
         return len(self.inputs) == 1 < len(self)
+
+    def flat(self) -> Outer:
+        """The same with all rows on one axis."""
+        return Outer(self.inputs.flatten(1, -2), self.cotangents.flatten(1, -2))
 
     def columns(self, which: slice) -> Outer:
         """Some columns of the gradients alone."""
@@ -60,39 +66,43 @@ class Outer:
 
     def dense(self) -> Tensor:
         """The gradients themselves, ``[r, out, in]``."""
-        return self.cotangents.mT @ self.inputs
+        flat = self.flat()
+        return flat.cotangents.mT @ flat.inputs
 
     def each(self, units: slice = slice(None)) -> Iterator[Tensor]:
         """The gradients one after the other, or those of some outputs alone, ``[out, in]``; each overwrites the one before."""
         cotangents = self.cotangents[..., units]
         place = cotangents.new_empty(cotangents.shape[-1], self.shape[1])
-        for A, D in zip(self.inputs.expand(len(self), -1, -1), cotangents, strict=True):
-            yield product(D.T, A.T, out=place)
+        for A, D in zip(self.inputs.expand(len(self), *self.inputs.shape[1:]), cotangents, strict=True):
+            yield product(D.flatten(0, -2).T, A.flatten(0, -2).T, out=place)
 
     def total(self) -> Tensor:
         """The sum over replicates, ``[out, in]``."""
         if self.shared:
-            return product(self.cotangents.sum(0).T, self.inputs[0].T)
-        return product(self.cotangents.flatten(0, 1).T, self.inputs.flatten(0, 1).T)
+            return product(self.cotangents.sum(0).flatten(0, -2).T, self.inputs[0].flatten(0, -2).T)
+        return product(self.cotangents.flatten(0, -2).T, self.inputs.flatten(0, -2).T)
 
     def squared(self) -> Outer:
         """The elementwise squares of the gradients, as sums over pairs of rows: ``(sum_n d_n a_n)^2 = sum_nm d_n d_m a_n a_m``."""
         if self.rows == 1:
             return Outer(self.inputs.square(), self.cotangents.square())
-        n, m = pairs_of(self.rows, self.inputs.device)
-        doubled = self.cotangents[:, n] * self.cotangents[:, m] * twice(n, m).to(self.cotangents)
-        return Outer(self.inputs[:, n] * self.inputs[:, m], doubled)
+        flat = self.flat()
+        inputs, cotangents = (
+            torch.cat([t[:, n : n + 1] * t[:, n:] for n in range(self.rows)], 1) for t in (flat.inputs, flat.cotangents)
+        )
+        return Outer(inputs, cotangents.mul_(twice(*pairs_of(self.rows, inputs.device)).to(inputs)))
 
     def along(self, direction: Tensor) -> Tensor:
         """Inner products with a direction ``[out, in]``, ``[r]``."""
-        onto = product(self.inputs.flatten(0, 1), direction).view(*self.inputs.shape[:2], -1)
-        return (onto * self.cotangents).sum((1, 2))
+        onto = product(self.inputs.flatten(0, -2), direction).view(*self.inputs.shape[:-1], -1)
+        return (onto * self.cotangents).flatten(1).sum(1)
 
     def squared_norms(self) -> Tensor:
         """From the inner products of the rows, ``[r]``: no gradient is made."""
         if self.rows == 1:
-            return (self.inputs.square().sum(-1) * self.cotangents.square().sum(-1))[:, 0]
-        return (self.inputs @ self.inputs.mT * (self.cotangents @ self.cotangents.mT)).sum((1, 2))
+            return self.inputs.square().flatten(1).sum(1) * self.cotangents.square().flatten(1).sum(1)
+        flat = self.flat()
+        return (flat.inputs @ flat.inputs.mT * (flat.cotangents @ flat.cotangents.mT)).sum((1, 2))
 
 
 def pairs_of(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,4 +113,4 @@ def pairs_of(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def twice(n: Tensor, m: Tensor) -> Tensor:
     """How often an unordered pair stands in a square, ``[pairs, 1]``."""
-    return 2 - (n == m).int().unsqueeze(-1)
+    return 2.0 - (n == m).float().unsqueeze(-1)

@@ -19,7 +19,7 @@ from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
 
 Engine = Literal["rows", "loop", "ghost"]
-ROWS = {"cpu": 1024}  # rows of a batch: more of them leave the processor's cache, fewer are calls that cost more than their work
+ROWS = {"cpu": 1280}  # rows of a batch: more of them leave the processor's cache, fewer are calls that cost more than their work
 GPU_ROWS = 2**16  # enough to fill a graphics processor; the budget of memory decides before
 MEMORY = 2 * 2**30  # bytes a measurement may take beside the model and the data, if nothing else is asked
 

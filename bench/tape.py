@@ -16,7 +16,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from gradiometer.bench.calls import Call, Factors, known
+from gradiometer.bench.calls import Call, known
 from gradiometer.bench.gradients import Parameters
 from gradiometer.bench.outer import Outer
 from gradiometer.bench.products import fast_forward
@@ -136,18 +136,19 @@ class _Guide:
     def carried(self, calls: Sequence[Call], slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients ``[n, *output]`` of the calls' outputs, from gradients ``[n, B, ...]`` of the guide's parameters."""
         reached = [(p, s) for (p, _), s in zip(self.pairs, slopes, strict=True) if s is not None]
-        if not reached or not calls:
-            return [None] * len(calls)
-        return list(
-            torch.autograd.grad(
-                [parameter for parameter, _ in reached],
-                [call.output for call in calls],
-                [slope.unsqueeze(1) for _, slope in reached],  # [n, 1, B, ...]
-                is_grads_batched=True,
-                retain_graph=True,
-                allow_unused=True,
-            )
-        )
+        found: dict[int, Tensor] = {}
+        if reached and calls:
+            parameters, outputs = [p for p, _ in reached], [call.output for call in calls]
+            used: list[int] = []
+
+            def pulled_back(*slope: Tensor) -> tuple[Tensor, ...]:
+                made = torch.autograd.grad(parameters, outputs, slope, retain_graph=True, allow_unused=True)
+                used[:] = [i for i, g in enumerate(made) if g is not None]
+                return tuple(g for g in made if g is not None)
+
+            made = torch.func.vmap(pulled_back)(*(s.unsqueeze(1) for _, s in reached))  # [n, 1, B, ...]
+            found = dict(zip(used, made, strict=True))
+        return [found.get(i) for i in range(len(calls))]
 
 
 class Tape:
@@ -231,10 +232,12 @@ class Tape:
             if slope is None:
                 continue
             for factors in call.factors(slope):
-                inputs = _with_ones(factors, factors.inputs.reshape(1, -1, factors.inputs.shape[-1]))
+                inputs = factors.inputs.reshape(1, -1, factors.inputs.shape[-1])
                 for owner, rows in zip(owners, factors.cotangents.split(self.R), strict=True):
-                    block = f"{self.network.owner[id(factors.weight)]}#{owner}"
-                    self._add(block, Outer(inputs, rows.reshape(self.R, -1, rows.shape[-1])), factors, [[owner]])
+                    cotangents = rows.reshape(self.R, -1, rows.shape[-1])
+                    self._add(factors.weight, Outer(inputs, cotangents), [[owner]], owner)
+                    if factors.bias is not None:
+                        self._add(factors.bias, cotangents.sum(1).unsqueeze(-1), [[owner]], owner)
 
     def put(
         self,
@@ -248,13 +251,15 @@ class Tape:
             if slope is None:
                 continue
             for factors in call.factors(slope):
-                name = self.network.owner[id(factors.weight)]
                 inputs, cotangents = (self._replicates_first(call, t, columns) for t in (factors.inputs, factors.cotangents))
-                made = Outer(
-                    _with_ones(factors, inputs) if columns is None else _weighted(factors, inputs, columns),
-                    cotangents.flatten(1, -2),
-                )
-                self._add(name if columns is not None else f"{name}#{owners[0][0]}", made, factors, owners)
+                if columns is None:
+                    bias = cotangents.sum(1).unsqueeze(-1)
+                else:
+                    inputs, bias = _weighted(inputs, columns), _summed(factors.cotangents, columns)
+                alone = owners[0][0] if columns is None else None
+                self._add(factors.weight, Outer(inputs, cotangents), owners, alone)
+                if factors.bias is not None:
+                    self._add(factors.bias, bias, owners, alone)
 
     def put_free(self, name: str, slope: Tensor | None, owners: Sequence[int]) -> None:
         """Add a gradient ``[R, 1, *shape]`` of the copies of a parameter outside layers."""
@@ -283,39 +288,36 @@ class Tape:
             rows, axis = rows.reshape(-1, self.R, B, *rows.shape[-2:]), 1
         return rows.movedim(axis, 0).flatten(1, -2)
 
-    def _add(self, block: str, made: Outer, factors: Factors, owners: Owners) -> None:
+    def _add(self, parameter: nn.Parameter, made: Tensor | Outer, owners: Owners, alone: int | None = None) -> None:
+        """Add gradients of a parameter, side by side on the last axis for those who own them, or of one estimator `alone`."""
+        name = self.network.owner[id(parameter)]
+        block = name if alone is None else f"{name}#{alone}"
         before = self.blocks.get(block)
         self.blocks[block] = made if before is None else before + made  # type: ignore[operator]
-        wide = factors.inputs.shape[-1]
-        step = wide + (factors.bias is not None)
+        wide = made.shape[-1] // len(owners)
         for column, estimators in enumerate(owners):
-            start = column * step
-            self._own(factors.weight, block, slice(start, start + wide), estimators)
-            if factors.bias is not None:
-                self._own(factors.bias, block, slice(start + wide, start + step), estimators)
-
-    def _own(self, parameter: nn.Parameter, block: str, columns: slice, estimators: Sequence[int]) -> None:
-        name, part = self.network.owner[id(parameter)], Part(block, columns, parameter.shape)
-        for estimator in estimators:
-            if self.parts[estimator].setdefault(name, part) != part:
-                raise NotRows(f"{name!r} was called in two ways that do not add up row by row")
+            part = Part(block, slice(column * wide, (column + 1) * wide), parameter.shape)
+            for estimator in estimators:
+                if self.parts[estimator].setdefault(name, part) != part:
+                    raise NotRows(f"{name!r} was called in two ways that do not add up row by row")
 
 
-def _with_ones(factors: Factors, inputs: Tensor) -> Tensor:
-    """Inputs ``[..., in]`` with the bias's constant beside them."""
-    return inputs if factors.bias is None else torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1)
-
-
-def _weighted(factors: Factors, inputs: Tensor, columns: Sequence[Tensor]) -> Tensor:
-    """Inputs ``[R, ..., B, L, in]``, and the bias's constant, once for every column of row weights, ``[R, n, C * in]``."""
-    wide = inputs.shape[-1]
-    made = inputs.new_empty(*inputs.shape[:-1], len(columns), wide + (factors.bias is not None))
+def _weighted(inputs: Tensor, columns: Sequence[Tensor]) -> Tensor:
+    """Inputs ``[R, K, B, L, in]``, once for every column of row weights ``[K, R, B]``, ``[R, K, B, L, C * in]``."""
+    made = inputs.new_empty(*inputs.shape[:-1], len(columns), inputs.shape[-1])
     for column, weights in enumerate(columns):
-        of_row = weights.movedim(-2, 0)[..., None, None]  # [R, ..., B, 1, 1]
-        torch.mul(inputs, of_row, out=made[..., column, :wide])
-        if factors.bias is not None:
-            made[..., column, wide] = of_row[..., 0]
-    return made.flatten(-2).flatten(1, -2)
+        torch.mul(inputs, weights.movedim(1, 0)[..., None, None], out=made[..., column, :])
+    return made.flatten(-2)
+
+
+def _summed(cotangents: Tensor, columns: Sequence[Tensor]) -> Tensor:
+    """The gradient of a bias from rows ``[.., L, out]`` of its layer's outputs: their weighted sums, ``[R, out, C]``."""
+    K, R, B = columns[0].shape
+    rows, weights = cotangents.sum(-2).view(K, R, B, -1), torch.stack(list(columns), 2)  # [K, R, B, out], [K, R, C, B]
+    if B > 1:
+        return (weights @ rows).sum(0).mT
+    rows, weights = rows[:, :, 0].movedim(0, 1), weights[..., 0].movedim(0, 2)  # [R, K, out], [R, C, K]
+    return (rows * weights if K == 1 else weights @ rows).mT
 
 
 def gradient(total: Tensor, wanted: Sequence[Tensor], along: Tensor | None = None) -> list[Tensor | None]:
