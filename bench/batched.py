@@ -219,12 +219,12 @@ def rows(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State, pa
     return dense(Batch([estimator], model, x, [state], parameters).draw(rng), 0, parameters)
 
 
-def dense(made: Pass, estimator: int, parameters: Parameters) -> Draw:
-    """The draw of one estimator of a pass, multiplied out."""
-    R = next(len(block) for block in made.blocks.values())
-    found = made.parts[estimator]
+def dense(made: Pass, estimator: int, parameters: Parameters, replicates: slice = slice(None)) -> Draw:
+    """The draw of one estimator of a pass, or of some of its replicates, multiplied out."""
+    blocks = {name: block[replicates] for name, block in made.blocks.items()}
+    R, found = next(len(block) for block in blocks.values()), made.parts[estimator]
     gradients = {
-        name: found[name].of(made.blocks[found[name].block]) if name in found else p.new_zeros(R, *p.shape)
+        name: found[name].of(blocks[found[name].block]) if name in found else p.new_zeros(R, *p.shape)
         for members in parameters.values()
         for name, p in members.items()
     }

@@ -83,6 +83,7 @@ class Folding:
         if made.parts != self.parts:
             raise NotRows("what its gradients are made of changes between replicates")
         self._finished.clear()
+        observed = [] if made.log_w is None else self._observed(made.log_w)
         for number, rows in self._pieces(replicates):
             if number == self.half and not self._towards:
                 self._project()
@@ -92,8 +93,9 @@ class Folding:
                 name: self.sums[name].fold(number, block[rows], self._towards[name] if wanted else None, wanted)
                 for name, block in made.blocks.items()
             }
-            if made.log_w is not None:
-                self._observe(number, made.log_w[:, rows])
+            for kept, values in zip(self._scalars, observed, strict=False):
+                for name, value in values.items():
+                    kept[number][name].append(value[rows])
             if wanted:
                 self._keep(number, projections, wanted)
 
@@ -174,11 +176,11 @@ class Folding:
         found = self.parts[estimator]
         return [(name, found[name]) for name in self.parameters[estimator][group] if name in found]
 
-    def _observe(self, number: int, log_w: Tensor) -> None:
+    def _observed(self, log_w: Tensor) -> list[dict[str, Tensor]]:
+        """Per estimator, what the log weights ``[K, r, B]`` say of each replicate, ``[r]``."""
         shared = {"elbo": log_w.mean(0), "iwelbo": log_mean_exp(log_w), "ess": effective_sample_size(log_w)}  # [r, B]
-        for estimator, kept in zip(self.estimators, self._scalars, strict=True):
-            for name, values in ({"objective": estimator.objective(log_w)} | shared).items():
-                kept[number][name].append(values.mean(-1))
+        means = {name: values.mean(-1) for name, values in shared.items()}
+        return [{"objective": e.objective(log_w).mean(-1)} | means for e in self.estimators]
 
     def _keep(self, number: int, projections: Mapping[str, Projections], wanted: int) -> None:
         nothing = (torch.zeros(wanted), torch.zeros(wanted))

@@ -7,10 +7,8 @@ however large the mean.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from gradiometer.bench.products import product
 from gradiometer.estimators.noise import BLOCK
 
 SHARDS = 16
-TILE = 2**15  # elements of a temporary that stays in the cache nearest the processor
+TILE = 2**16  # elements of a temporary that stays in the cache nearest the processor
 LARGE = 2**18  # elements of a gradient from which it is made in parts, so that it and its sums stay in a cache
 FEW_COLUMNS = 8
 PAIRED = 1024  # pairs of rows that are held at once
@@ -94,16 +92,11 @@ class Accumulator(ABC):
         return {} if towards is None else self._projections(gradients[:wanted], towards)
 
     def _projections(self, gradients: Tensor | Outer, towards: Tensor) -> Projections:
-        found = {}
-        for start, stop in self.slices:
-            of, onto = slice(start, stop), towards[..., start:stop]
-            if isinstance(gradients, Outer):
-                part = gradients.columns(of)
-                found[start, stop] = part.along(onto), part.squared_norms()
-            else:
-                flat = gradients[..., of].flatten(1)
-                found[start, stop] = flat @ onto.flatten(), flat.square().sum(1)
-        return found
+        if isinstance(gradients, Outer):
+            parts = {of: gradients.columns(slice(*of)) for of in self.slices}
+            return {of: (part.along(towards[:, slice(*of)]), part.squared_norms()) for of, part in parts.items()}
+        along, squared = gradients * towards, gradients.square()
+        return {of: (along[:, slice(*of)].sum(1), squared[:, slice(*of)].sum(1)) for of in self.slices}
 
     @abstractmethod
     def _sum(self, shard: int, gradients: Tensor | Outer) -> None: ...
@@ -198,7 +191,7 @@ class Dense(Accumulator):
         return self.first[shard], self.second[shard]
 
     def mean(self, upto: int) -> Tensor:
-        mean = functools.reduce(operator.add, self.first[:upto]) / self.count[:upto].sum()
+        mean = _total(self.first[:upto]).div_(self.count[:upto].sum())
         return mean if self.pilot is None else mean + self.pilot.dense
 
     def _tile(self, units: slice, columns: slice) -> Tile:
@@ -406,31 +399,36 @@ class _Summary:
 
 def _summary(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | None, count: Array) -> _Summary:
     n = float(count.sum())
-    total, squares = functools.reduce(operator.add, first), functools.reduce(operator.add, second)
-    mean = total.double().div_(n)
-    variance = torch.addcmul(squares.double(), mean, mean, value=-n).clamp_(min=0).div_(n - 1)
+    total, squares = _total(first), _total(second)
     rows = [_sums(total.clone(), squares.clone(), pilot, n)]
     a, v = torch.empty_like(total), torch.empty_like(total)
     for f, s, taken in zip(first, second, count, strict=True):
         rows.append(_sums(torch.sub(total, f, out=a), torch.sub(squares, s, out=v), pilot, n - float(taken)))
+    mean = total.double().div_(n)
+    variance = squares.double().addcmul_(mean, mean, value=-n).clamp_(min=0).div_(n - 1)
     if pilot is not None:
         mean += pilot
     return _Summary(mean.cpu().numpy(), variance.cpu().numpy(), np.array(rows).T)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _sums(first: Tensor, second: Tensor, pilot: Tensor | None, n: float) -> list[float]:
     """The fields of `Sums` but n, from sums of deviations and of their squares, which it uses up."""
     variance = second.addcmul_(first, first, value=-1 / n)  # times n - 1
     mean = first if pilot is None else first.add_(pilot, alpha=n)  # times n
-    noise, noisy = variance.rsqrt(), len(variance)
-    if not variance.amin() > 0:  # no variance, no ratio
-        variance.clamp_(min=0)
-        noise = variance.rsqrt().nan_to_num_(posinf=0.0)
-        noisy = int(torch.count_nonzero(noise))
-    squared_mean, ratio = float(torch.dot(mean, mean)), noise.mul_(mean)
-    squared_ratio, absolute = float(torch.dot(ratio, ratio)), float(ratio.abs_().sum())
+    noisy, ratio = len(variance), variance.rsqrt().mul_(mean)
+    if not math.isfinite(squared_ratio := float(torch.dot(ratio, ratio))):  # no variance, no ratio
+        noise = variance.clamp_(min=0).rsqrt().nan_to_num_(posinf=0.0)
+        noisy, ratio = int(torch.count_nonzero(noise)), noise.mul_(mean)
+        squared_ratio = float(torch.dot(ratio, ratio))
     scales = (1 / n**2, 1 / (n - 1), 1, math.sqrt(n - 1) / n, (n - 1) / n**2)
-    sums = (squared_mean, float(variance.sum()), noisy, absolute, squared_ratio)
+    sums = (float(torch.dot(mean, mean)), float(variance.sum()), noisy, float(ratio.abs_().sum()), squared_ratio)
     return [value * scale for value, scale in zip(sums, scales, strict=True)]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradiometer.bench.products import product
+from gradiometer.bench.products import multiplier, product
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,13 @@ class Outer:
 
     def each(self, units: slice = slice(None)) -> Iterator[Tensor]:
         """The gradients one after the other, or those of some outputs alone, ``[out, in]``; each overwrites the one before."""
-        cotangents = self.cotangents[..., units]
-        place = cotangents.new_empty(cotangents.shape[-1], self.shape[1])
-        for A, D in zip(self.inputs.expand(len(self), *self.inputs.shape[1:]), cotangents, strict=True):
-            yield product(D.flatten(0, -2).T, A.flatten(0, -2).T, out=place)
+        inputs, cotangents = self.inputs.flatten(1, -2).expand(len(self), -1, -1), self.cotangents[..., units]
+        tall, n, wide = cotangents.shape[-1], self.rows, self.shape[1]
+        place, multiply = cotangents.new_empty(tall, wide), multiplier(tall, n, wide, cotangents)
+        if inputs.stride(-2) != wide:
+            inputs = inputs.contiguous()
+        for A, D in zip(inputs.mT.unbind(0), cotangents.unbind(0), strict=True):
+            yield multiply(D.reshape(n, tall).T, A, place)
 
     def total(self) -> Tensor:
         """The sum over replicates, ``[out, in]``."""

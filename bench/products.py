@@ -17,13 +17,20 @@ from torch import Tensor, nn
 SMALL = 2**20  # multiplications below which calling oneDNN costs more than it gains
 
 
-def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """``left @ right.T`` of matrices ``[m, k]`` and ``[n, k]``, in `out` where that saves an allocation."""
-    if left.shape[0] * right.numel() >= SMALL and _has_onednn(left.dtype, left.device.type):
-        # A weight with gaps between its rows would be copied element by element.
-        dense = right.is_contiguous() or right.T.is_contiguous()
-        return _onednn(left, right if dense else right.contiguous(), None)
-    return torch.mm(left, right.T) if out is None else torch.mm(left, right.T, out=out)
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T`` of matrices ``[m, k]`` and ``[n, k]``."""
+    if left.shape[0] * right.numel() < SMALL or not _has_onednn(left.dtype, left.device.type):
+        return torch.mm(left, right.T)
+    # A weight with gaps between its rows would be copied element by element.
+    dense = right.is_contiguous() or right.T.is_contiguous()
+    return _onednn(left, right if dense else right.contiguous(), None)
+
+
+def multiplier(m: int, k: int, n: int, like: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`product` of many matrices of one size: a function of both (the second without gaps) and of a place for the result."""
+    if m * k * n >= SMALL and _has_onednn(like.dtype, like.device.type):
+        return lambda left, right, place: _onednn(left, right, None)
+    return lambda left, right, place: torch.mm(left, right.T, out=place)
 
 
 @functools.cache

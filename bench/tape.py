@@ -40,7 +40,7 @@ class Part:
 
     def of(self, block: Tensor | Outer) -> Tensor:
         """The gradients of all replicates, ``[r, *shape]``."""
-        dense = block.columns(self.columns).dense() if isinstance(block, Outer) else block[..., self.columns]
+        dense = block.columns(self.columns).dense() if isinstance(block, Outer) else block[:, self.columns]
         return dense.reshape(len(block), *self.shape)
 
 
@@ -263,16 +263,27 @@ class Tape:
 
     def put_free(self, name: str, slope: Tensor | None, owners: Sequence[int]) -> None:
         """Add a gradient ``[R, 1, *shape]`` of the copies of a parameter outside layers."""
-        if slope is None:
-            return
-        made, block = slope.squeeze(1), f"{name}#{owners[0]}"
-        self.blocks[block] = self.blocks[block] + made if block in self.blocks else made
-        for owner in owners:
-            self.parts[owner][name] = Part(block, slice(None), made.shape[1:])
+        if slope is not None:
+            _, _, parameter = self.network.free[name]
+            self._add(parameter, slope.flatten(1).unsqueeze(-1), [owners], owners[0])
 
     def finished(self, log_w: Tensor | None) -> Pass:
-        """All that was added."""
-        return Pass(self.blocks, self.parts, log_w)
+        """All that was added; what is no outer product (biases, free parameters) as one block."""
+        blocks: dict[str, Tensor | Outer] = {name: b for name, b in self.blocks.items() if isinstance(b, Outer)}
+        others = {name: b for name, b in self.blocks.items() if isinstance(b, Tensor)}
+        at, start = {}, 0
+        for name, block in others.items():
+            at[name] = start
+            start += block[0].numel()
+        if others:
+            blocks["others"] = torch.cat([b.movedim(-1, 1).flatten(1) for b in others.values()], 1)
+        for parts in self.parts:
+            for name, part in parts.items():
+                if part.block in others:
+                    wide = part.shape.numel()
+                    begin = at[part.block] + part.columns.start * wide
+                    parts[name] = Part("others", slice(begin, begin + wide), part.shape)
+        return Pass(blocks, self.parts, log_w)
 
     def _replicates_first(self, call: Call, rows: Tensor, columns: Sequence[Tensor] | None) -> Tensor:
         """The rows of a call, ``[R, rows, features]``, or ``[R, K, B, L, features]`` where they are weighted by columns."""
@@ -313,7 +324,9 @@ def _weighted(inputs: Tensor, columns: Sequence[Tensor]) -> Tensor:
 def _summed(cotangents: Tensor, columns: Sequence[Tensor]) -> Tensor:
     """The gradient of a bias from rows ``[.., L, out]`` of its layer's outputs: their weighted sums, ``[R, out, C]``."""
     K, R, B = columns[0].shape
-    rows, weights = cotangents.sum(-2).view(K, R, B, -1), torch.stack(list(columns), 2)  # [K, R, B, out], [K, R, C, B]
+    if cotangents.shape[-2] > 1:
+        cotangents = cotangents.sum(-2, keepdim=True)
+    rows, weights = cotangents.view(K, R, B, -1), torch.stack(list(columns), 2)  # [K, R, B, out], [K, R, C, B]
     if B > 1:
         return (weights @ rows).sum(0).mT
     rows, weights = rows[:, :, 0].movedim(0, 1), weights[..., 0].movedim(0, 2)  # [R, K, out], [R, C, K]
