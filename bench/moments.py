@@ -166,9 +166,9 @@ class Dense(Accumulator):
         if not isinstance(gradients, Outer):
             return super()._add(shard, gradients, towards, wanted)
         first, second = self._places(shard)
-        if towards is None:
+        if towards is None or gradients.rows <= SHARED_FEW:
             add_one_by_one(gradients, first, second, self.pilot)
-            return {}
+            return {} if towards is None else self._projections(gradients[:wanted], towards)
         columns = add_one_by_one(gradients[:wanted], first, second, self.pilot, towards)
         add_one_by_one(gradients[wanted:], first, second, self.pilot)
         along, squared = ({of: m[:, slice(*of)].sum(1) for of in self.slices} for m in columns)

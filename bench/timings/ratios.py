@@ -21,7 +21,7 @@ from gradiometer.bench.machine import describe
 from gradiometer.bench.models.vae import PRESETS, VAE
 from gradiometer.estimators import parse
 
-CASES = ((1, 1, 1000), (1, 8, 1000), (20, 1, 1000), (20, 8, 1000), (100, 1, 100))
+CASES = ((1, 1, 1000), (1, 8, 1000), (20, 1, 1000), (20, 8, 1000), (100, 1, 100), (20, 64, 1000))
 FLOOR_ROWS = 8000  # rows of a batch of the floor
 
 
