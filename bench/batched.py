@@ -51,7 +51,9 @@ class Batch:
         two, three = self._calls(2), self._calls(3)
         self.network.find_axes([call.rows for call in two], [call.rows for call in three])
         held = sum(4 * call.output.numel() + (2 + len(estimators)) * call.inputs.numel() for call in two)
-        self.bytes_each = max(1, held // 2 * x.element_size())  # of a replicate: layers, their gradients, weighted inputs
+        self.bytes_each = max(
+            1, held // 2 * x.element_size()
+        )  # of a replicate: layers, their gradients, weighted inputs
 
     def draw(self, rng: Rng) -> Pass:
         """Gradients of every replicate of `rng`, those of weights as factors."""
@@ -86,7 +88,7 @@ class Batch:
         for estimator, state in zip(self.estimators, self.states, strict=True):
             assert isinstance(estimator, Weighted)
             of = estimator.coefficients(drawn.log_w - estimator.baseline(x, state))
-            made.append(Coefficients(*(None if c is None else c / x.shape[1] for c in (of.generative, of.pathwise, of.score))))  # type: ignore[arg-type]
+            made.append(_divided(of, x.shape[1]))
         by_z = _generative(tape, drawn, [of.generative for of in made])
         _inference(tape, drawn, by_z, made)
         return drawn.log_w
@@ -167,6 +169,12 @@ def _inference(tape: Tape, drawn: _Particles, by_z: Tensor | None, columns: Sequ
     tape.carry("inference", guide, [_mixed([(score, s), (path, t)]) for s, t in by_leaf], range(len(columns)))
 
 
+def _divided(columns: Coefficients, B: int) -> Coefficients:
+    """The columns of a mean over the batch."""
+    b, c = (None if column is None else column / B for column in (columns.pathwise, columns.score))
+    return Coefficients(columns.generative / B, b, c)
+
+
 def _distinct(columns: Sequence[Tensor]) -> tuple[list[Tensor], list[list[int]]]:
     """The columns that differ, and for each the estimators that have it."""
     kept: list[Tensor] = []
@@ -229,4 +237,3 @@ def dense(made: Pass, estimator: int, parameters: Parameters, replicates: slice 
         for name, p in members.items()
     }
     return Draw(gradients, made.log_w)
-

@@ -18,10 +18,10 @@ class Factors:
     which is always one.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     inputs: Tensor
     cotangents: Tensor
-    bias: nn.Parameter | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

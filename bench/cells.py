@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gradiometer.bench.batched import together
 from gradiometer.bench.costs import cost
 from gradiometer.bench.machine import processor
-from gradiometer.bench.measurement import Engine, measure, row_of
+from gradiometer.bench.measurement import Engine, measure_all, row_of
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.named import digest, fresh, held_out_of, named_problem
 from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.replicates import MEMORY
 from gradiometer.bench.statistics import jackknife
 from gradiometer.bench.training import Recipe, train
 from gradiometer.estimators.base import Estimator
@@ -32,9 +35,9 @@ from gradiometer.estimators.weights import log_mean_exp
 # What can change a number: these modules, the estimator's own and what its words name. Comments do not count.
 FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
 HARNESS = (
-    "bench.gradients", "bench.outer", "bench.batched", "bench.folding", "bench.replicates", "bench.moments",
-    "bench.measurement", "bench.training", "bench.costs", "bench.statistics", "bench.problems", "bench.cells",
-    "bench.models.layers", "bench.models.vae", "bench.models.toys", "bench.models.protocol",
+    "bench.gradients", "bench.products", "bench.outer", "bench.calls", "bench.tape", "bench.batched", "bench.folding",
+    "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs", "bench.statistics",
+    "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys", "bench.models.protocol",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EVALUATION_PARTICLES = 64
@@ -42,7 +45,11 @@ EVALUATION_PARTICLES = 64
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement; every field can change its numbers."""
+    """One measurement; every field can change its numbers.
+
+    Of a gradient, `metrics` are those that must be among the rows (all if none is named); `precision`, `budget` and `memory` are as
+    `measure_all` takes them.
+    """
 
     kind: Literal["gradient", "cost", "training"]
     problem: str
@@ -52,6 +59,10 @@ class Cell:
     replicates: int = 0
     reference: str = ""
     engine: Engine = "auto"
+    metrics: tuple[str, ...] = ()
+    precision: float | None = None
+    budget: int | None = None
+    memory: int = MEMORY
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
@@ -85,19 +96,22 @@ class Cell:
             decided["machine"] = processor()
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
 
+    @functools.cached_property
+    def company(self) -> Cell | None:
+        """What cells have in common that one pass can serve; None for a cell that runs alone."""
+        estimator = parse(self.estimator)
+        if self.kind != "gradient" or self.engine == "loop" or not together([estimator]):
+            return None
+        return replace(self, estimator=f"K={estimator.K}")
+
     def run(self) -> list[dict[str, Any]]:
         """Measure, and return tidy rows.
 
         Raises:
             ValueError, Failure: there is no number; the message says why.
         """
-        makers: dict[str, Callable[[Cell], list[dict[str, Any]]]] = {
-            "gradient": _gradient,
-            "cost": _cost,
-            "training": _training,
-        }
-        torch.set_num_threads(self.threads)
-        return [self.about() | row for row in makers[self.kind](self)]
+        (rows,) = run_together([self])
+        return rows
 
     def attempt(self) -> tuple[list[dict[str, Any]], str, str]:
         """The cell's rows, "ok" or "failed", and why: whatever it raises, a cell that fails is a row."""
@@ -140,29 +154,53 @@ class Cell:
         return reason_to_skip(named_problem(self.problem, self.batch), parse(self.estimator))
 
 
-def _gradient(cell: Cell) -> list[dict[str, Any]]:
-    return measure(
+def run_together(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
+    """The rows of one cell, or of several that are company."""
+    first = cells[0]
+    torch.set_num_threads(first.threads)
+    found = {"gradient": _gradients, "cost": _cost, "training": _training}[first.kind](cells)
+    return [[cell.about() | row for row in rows] for cell, rows in zip(cells, found, strict=True)]
+
+
+def attempt_together(cells: Sequence[Cell]) -> list[tuple[list[dict[str, Any]], str, str]]:
+    """What `attempt` gives for each; one that fails does so alone, and the others go on."""
+    if len(cells) > 1:
+        with contextlib.suppress(Exception):
+            return [(rows, "ok", "") for rows in run_together(cells)]
+    return [cell.attempt() for cell in cells]
+
+
+def _gradients(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
+    cell = cells[0]
+    measured = measure_all(
         named_problem(cell.problem, cell.batch),
-        parse(cell.estimator),
+        [parse(c.estimator) for c in cells],
         replicates=cell.replicates,
         seed=cell.seed,
         engine=cell.engine,
         device=cell.device,
         dtype=DTYPES[cell.dtype],
         reference=parse(cell.reference) if cell.reference else None,
-    ).rows()
+        only=cell.metrics,
+        precision=cell.precision,
+        budget=cell.budget,
+        memory=cell.memory,
+    )
+    return [m.rows() for m in measured]
 
 
-def _cost(cell: Cell) -> list[dict[str, Any]]:
+def _cost(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
+    (cell,) = cells
     problem = named_problem(cell.problem, cell.batch)
     values = cost(
         problem, parse(cell.estimator), seed=cell.seed, device=cell.device, threads=cell.threads, seconds=cell.seconds
     )
     about = problem.about | {"engine": "step", "evaluations": values["evaluations"].value}
-    return [about | row_of(name, value) for name, value in values.items() if name != "evaluations"]
+    return [[about | row_of(name, value) for name, value in values.items() if name != "evaluations"]]
 
 
-def _training(cell: Cell) -> list[dict[str, Any]]:
+def _training(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
+    (cell,) = cells
     model, dataset = fresh(cell.problem, cell.seed)
     model, x = model.to(cell.device), held_out_of(dataset).to(cell.device)
     estimator = parse(cell.estimator)
@@ -173,7 +211,7 @@ def _training(cell: Cell) -> list[dict[str, Any]]:
         if step % cell.every == 0 or step == cell.steps:
             at = about | {"step": step, "seconds": seconds}
             rows += [at | row_of(name, _over_data(values)) for name, values in _bounds(model, x, cell.seed).items()]
-    return rows
+    return [rows]
 
 
 def _bounds(model: Any, x: Tensor, seed: int) -> dict[str, Tensor]:

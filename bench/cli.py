@@ -23,6 +23,25 @@ PLUGIN = click.option(
 )
 
 
+ENGINE = click.option(
+    "--engine",
+    type=click.Choice(["auto", "rows", "ghost", "loop"]),
+    help="How replicates are made; auto if not given.",
+)
+PRECISION = click.option(
+    "--precision", metavar="5%", help="Go on until every interval of a variance is this narrow on either side."
+)
+BUDGET = click.option(
+    "--budget",
+    metavar="N",
+    type=click.IntRange(min=4),
+    help="The most replicates a precision may take; 100 times --replicates.",
+)
+MEMORY = click.option(
+    "--memory", metavar="2GB", help="What a measurement may take beside model and data; 2GiB if not given."
+)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="gradiometer", prog_name="gradiometer")
 def main() -> None:
@@ -55,10 +74,18 @@ def list_(what: str | None, plugins: tuple[str, ...]) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Results folder; results/local/SUITE if not given.")
 @click.option("--only", metavar="PATTERN", help="Only estimators or problems that match, as in 'iwae*'.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the suite; repeatable.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or several as in cuda:0,1.")
 @click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Cells side by side; changes no row."
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Cells side by side, on each device; changes no row.",
 )
+@ENGINE
+@PRECISION
+@BUDGET
+@MEMORY
 @PLUGIN
 def run(
     suite: str,
@@ -67,6 +94,10 @@ def run(
     settings: tuple[str, ...],
     device: str,
     jobs: int,
+    engine: str | None,
+    precision: str | None,
+    budget: int | None,
+    memory: str | None,
     plugins: tuple[str, ...],
 ) -> None:
     """Run a suite; what is finished is kept, what failed is tried again.
@@ -77,9 +108,11 @@ def run(
     from gradiometer.bench import suite as suites
 
     _load(plugins)
-    _must_exist(device)
+    devices = _devices(device)
+    given = {"engine": engine, "precision": precision, "budget": budget, "memory": memory}
+    settings += tuple(f"{key}={value}" for key, value in given.items() if value is not None)
     name, content = suites.read(suite, settings)
-    cells = content.cells(device, only)
+    cells = content.cells(devices[0].partition(":")[0] if len(devices) > 1 else devices[0], only)
     if not cells:
         raise RequestError(f"no cell of {name} matches --only {only!r}")
     folder = out or Path("results/local") / name
@@ -88,7 +121,7 @@ def run(
     store.write_index(folder, name, content.title, content.description, [cell.key for cell, _ in cells])
     with Progress(len(cells)) as tell, runner.interruptible():
         try:
-            outcomes = runner.run(cells, folder, jobs=jobs, plugins=plugins, report=tell)
+            outcomes = runner.run(cells, folder, jobs=jobs, devices=devices, plugins=plugins, report=tell)
         except KeyboardInterrupt:
             click.echo("\ninterrupted; finished cells are kept, and the same command goes on from here", err=True)
             raise SystemExit(130) from None
@@ -108,6 +141,10 @@ def run(
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--reference", metavar="WORD", default="", help="The estimator whose mean gradient `cosine` refers to.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@ENGINE
+@PRECISION
+@BUDGET
+@MEMORY
 @click.option("--out", type=click.Path(path_type=Path), help="Also keep the rows in this folder.")
 @PLUGIN
 def measure(
@@ -119,6 +156,10 @@ def measure(
     seed: int,
     reference: str,
     device: str,
+    engine: str | None,
+    precision: str | None,
+    budget: int | None,
+    memory: str | None,
     out: Path | None,
     plugins: tuple[str, ...],
 ) -> None:
@@ -132,14 +173,18 @@ def measure(
             raise RequestError(f"{name} is measured along training: run a suite with a [[training]] block")
     from gradiometer.bench.cells import Cell
     from gradiometer.bench.named import parse_problem
+    from gradiometer.bench.suite import Memory, Precision, amount
 
     _load(plugins)
-    _must_exist(device)
+    (device,) = _devices(device, several=False)
     parse_problem(problem)
     estimators = [_word(word) for word in words]
     shared: dict[str, Any] = {"problem": problem, "batch": batch, "seed": seed, "device": device}
-    reference = _word(reference) if reference else ""
-    cells = [Cell("gradient", estimator=w, replicates=replicates, reference=reference, **shared) for w in estimators]
+    of: dict[str, Any] = {"replicates": replicates, "metrics": metrics, "budget": budget, "engine": engine or "auto"}
+    of["reference"] = _word(reference) if reference else ""
+    of |= {"precision": amount("--precision", Precision, precision)} if precision else {}
+    of |= {"memory": amount("--memory", Memory, memory)} if memory else {}
+    cells = [Cell("gradient", estimator=word, **of, **shared) for word in estimators]
     if set(metrics) & set(COST) - {"evaluations", "variance_evaluations"}:
         cells += [Cell("cost", estimator=w, **shared) for w in estimators]
     _measure(cells, metrics, out)
@@ -238,19 +283,22 @@ def _first_line(thing: Any) -> str:
 
 def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> None:
     from gradiometer.bench import machine, store, terminal
+    from gradiometer.bench.cells import attempt_together
     from gradiometer.bench.efficiency import with_products
+    from gradiometer.bench.runner import companies
 
     if out is not None:
         store.open_for_writing(out)
-    rows: list[dict[str, Any]] = []
-    for cell in cells:
-        if (reason := cell.reason_to_skip()) is not None:
-            made = cell.without_numbers("skipped", reason)
-        else:
-            made, _, _ = cell.attempt()
-        if out is not None:
-            store.write_cell(out, cell.key, made, machine.describe())
-        rows += made
+    made = {
+        cell: cell.without_numbers("skipped", reason) for cell in cells if (reason := cell.reason_to_skip()) is not None
+    }
+    for group in companies([(cell, 0.0) for cell in cells if cell not in made]):
+        together = [cell for cell, _ in group]
+        made |= {cell: rows for cell, (rows, _, _) in zip(together, attempt_together(together), strict=True)}
+    if out is not None:
+        for cell in cells:
+            store.write_cell(out, cell.key, made[cell], machine.describe())
+    rows = [row for cell in cells for row in made[cell]]
     if out is not None:
         store.write_index(out, "measure", "One comparison", "", [cell.key for cell in cells])
     console = screen()
@@ -287,13 +335,23 @@ def _load(plugins: Iterable[str]) -> None:
             raise RequestError(str(error)) from None
 
 
-def _must_exist(device: str) -> None:
+def _devices(word: str, several: bool = True) -> list[str]:
+    """The devices that a word like ``cuda:0,1`` names, which exist."""
     import torch
 
-    try:
-        torch.ones(1, device=device).item()  # the device `meta` can be named, and holds no numbers
-    except (RuntimeError, AssertionError):
-        raise RequestError(f"this machine has no device {device!r}; --device cpu works everywhere") from None
+    first, *others = word.split(",")
+    kind = first.partition(":")[0]
+    devices = [first, *(other if ":" in other or not other.isdigit() else f"{kind}:{other}" for other in others)]
+    if len(devices) > 1 and not several:
+        raise RequestError(f"one comparison runs on one device, not on {word!r}: give several to `gradiometer run`")
+    if len({device.partition(":")[0] for device in devices}) > 1:
+        raise RequestError(f"the devices {word!r} are not alike, so that rows would depend on which one a cell gets")
+    for device in devices:
+        try:
+            torch.ones(1, device=device).item()  # the device `meta` can be named, and holds no numbers
+        except (RuntimeError, AssertionError):
+            raise RequestError(f"this machine has no device {device!r}; --device cpu works everywhere") from None
+    return devices
 
 
 if __name__ == "__main__":

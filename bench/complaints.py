@@ -38,7 +38,6 @@ def sentence(error: Any, models: Mapping[str, type[BaseModel]], text: str, where
     """
     location: tuple[str | int, ...] = error["loc"]
     path, kind, value = ".".join(str(part) for part in location), str(error["type"]), error.get("input")
-    message = error["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         known = models.get(str(location[0]), models[""]) if len(location) > 1 else models[""]
         message = f"unknown key{nearest(str(location[-1]), list(known.model_fields))}"
@@ -46,14 +45,21 @@ def sentence(error: Any, models: Mapping[str, type[BaseModel]], text: str, where
         message = "this key is missing"
     elif str(location[0]) in models and len(location) <= 2 and kind in ("list_type", "model_type"):
         message = f"should be a block: write [[{location[0]}]] on a line of its own"
-    elif kind in _SHOULD:
-        message = _SHOULD[kind].format(**error.get("ctx", {}))
-        if not isinstance(value, dict | list):
-            message += f", not {value!r}"
+    else:
+        message = words(error)
     if key := next((part for part in location[:3] if part in given), None):
         return f"--set {key}: {message}"
     item = value if isinstance(location[-1], int) and len(location) > 2 else None
     return f"{where}, line {line_of(location, text, item)}: {path}: {message}"
+
+
+def words(error: Any) -> str:
+    """What one of pydantic's findings says of a value."""
+    kind, value = str(error["type"]), error.get("input")
+    if kind not in _SHOULD:
+        return str(error["msg"].removeprefix("Value error, "))
+    message = _SHOULD[kind].format(**error.get("ctx", {}))
+    return message if isinstance(value, dict | list) else f"{message}, not {value!r}"
 
 
 def line_of(location: Sequence[str | int], text: str, item: Any = None) -> int:

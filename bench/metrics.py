@@ -266,7 +266,11 @@ _TRAINING = (
     ),
 )
 GRADIENT = MappingProxyType({m.name: m for m in _MOMENTS})
-OF_COORDINATES = ("snr", "snr_floor", "snr_corrected")  # these need the variance of every coordinate, not the trace alone
+OF_COORDINATES = (
+    "snr",
+    "snr_floor",
+    "snr_corrected",
+)  # these need the variance of every coordinate, not the trace alone
 PROJECTION = MappingProxyType({m.name: m for m in _PROJECTIONS})
 COST = MappingProxyType({m.name: m for m in _COSTS})
 METRICS = MappingProxyType({m.name: m for m in (*_VALUES, *_MOMENTS, *_PROJECTIONS, *_COSTS, *_TRAINING)})

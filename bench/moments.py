@@ -81,7 +81,9 @@ class Accumulator(ABC):
         self.shape = like.shape if isinstance(like, Outer) else like.shape[1:]
         self.count, self.slices = np.zeros(shards), tuple(slices)
 
-    def fold(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None = None, wanted: int = 0) -> Projections:
+    def fold(
+        self, shard: int, gradients: Tensor | Outer, towards: Tensor | None = None, wanted: int = 0
+    ) -> Projections:
         """Add the replicates ``[r, *shape]`` to `shard`; the first `wanted` of them are projected on the direction `towards`."""
         found = self._add(shard, gradients, towards, wanted)
         self.count[shard] += len(gradients)
@@ -118,7 +120,7 @@ class Accumulator(ABC):
             _summary(*self._tile(slice(start, start + step), columns), self.count) for start in range(0, tall, step)
         ]
         mean, variance = (np.concatenate([getattr(part, kind) for part in parts]) for kind in ("mean", "variance"))
-        return _moments(mean, variance, sum(part.sums for part in parts), self.count, shape or self.shape)
+        return _moments(mean, variance, np.sum([part.sums for part in parts], axis=0), self.count, shape or self.shape)
 
     def first_not_finite(self, columns: slice) -> int:
         """The first shard with a gradient that is not finite in these columns: a sum of squares forgets no NaN."""
@@ -141,7 +143,9 @@ class Pilot:
         columns = cancelled.flatten(0, -2).any(0).nonzero().flatten().tolist() if cancelled.dim() > 1 else []
         if not 0 < len(columns) <= FEW_COLUMNS:
             return Pilot(gradients)
-        return Pilot(torch.zeros_like(gradients).index_copy_(-1, torch.tensor(columns), gradients[..., columns]), tuple(columns))
+        return Pilot(
+            torch.zeros_like(gradients).index_copy_(-1, torch.tensor(columns), gradients[..., columns]), tuple(columns)
+        )
 
     def taken_from(self, gradient: Tensor, units: slice) -> Tensor:
         """Deviations of a gradient ``[units, in]``, in its place."""
@@ -198,7 +202,8 @@ class Dense(Accumulator):
         def of(m: Tensor) -> Tensor:
             return m.view(-1, self.shape[-1])[units, columns].flatten()
 
-        return [of(m) for m in self.first], [of(m) for m in self.second], self.pilot and of(self.pilot.dense)
+        pilot = None if self.pilot is None else of(self.pilot.dense)
+        return [of(m) for m in self.first], [of(m) for m in self.second], pilot
 
 
 class Paired(Dense):
@@ -299,14 +304,14 @@ class Traces(Accumulator):
         Raises:
             Cancelled: the mean is so large against the noise that squared norms do not tell it.
         """
-        first, squares, _ = self._tile(slice(None), columns)
-        total, n = self.first[..., columns].sum(0).flatten(), float(self.count.sum())
+        parts, squares = self.first[..., columns], self.squares[columns.start, columns.stop].cpu().numpy()
+        total, n = parts.sum(0), float(self.count.sum())
         rows = []
-        for f, q, left in ((0.0, 0.0, n), *zip(first, squares, n - self.count, strict=True)):
+        for f, q, left in ((torch.zeros_like(total), 0.0, n), *zip(parts, squares, n - self.count, strict=True)):
             square = float(torch.linalg.vector_norm(total - f, dtype=torch.float64)) ** 2
-            second = float(sum(squares) - q)
+            second = float(squares.sum() - q)
             variance = max(0.0, second - square / left) / (left - 1)
-            if 0 < second and variance * left < CANCELLED / 10 * second:
+            if second > 0 and variance * left < CANCELLED / 10 * second:
                 raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")
             rows.append([square / left**2, variance, math.nan, math.nan, math.nan])
         mean = (total.double() / n).cpu().numpy()

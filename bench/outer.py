@@ -3,7 +3,8 @@
 Replicate r's gradient is ``D_r^T A_r``, from the layer's inputs A and the gradients D of its outputs. Sums over replicates,
 projections, norms and second moments all come from the factors; the ``[replicates, out, in]`` array is never made.
 
-Gradients of several estimators that differ in the weights of the rows alone stand side by side, each with the inputs times its weights.
+Gradients of several estimators that differ in the weights of the rows alone stand side by side, each with the inputs times
+its weights.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from gradiometer.bench.products import multiplier, product
 class Outer:
     """Gradients ``sum_n cotangents[r, n] (outer) inputs[r, n]`` of replicates r; shapes ``[r, *n, in]``, ``[r, *n, out]``.
 
-    The terms of a sum are its rows, on one axis or several (particles and data may lie far apart in memory, and are brought together
-    only where that is needed). Inputs ``[1, *n, in]`` are the same for all replicates, as a guide's are, which sees the data and no
-    noise.
+    The terms of a sum are its rows, on one axis or several (particles and data may lie far apart in memory, and are brought
+    together only where that is needed). Inputs ``[1, *n, in]`` are the same for all replicates, as a guide's are, which sees the
+    data and no noise.
     """
 
     inputs: Tensor

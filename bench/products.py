@@ -76,7 +76,8 @@ class _Linear(torch.autograd.Function):
 
 def fast_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
     """The layer's forward pass by oneDNN, without gradients of its parameters; None where torch's own is as good."""
-    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    weight, own = layer.weight.detach(), layer._parameters["bias"]
+    bias = None if own is None else own.detach()
     if weight.numel() * 1024 < SMALL or not _has_onednn(weight.dtype, weight.device.type):
         return None
     transposed = weight.T.contiguous()

@@ -19,7 +19,9 @@ from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
 
 Engine = Literal["rows", "loop", "ghost"]
-ROWS = {"cpu": 1280}  # rows of a batch: more of them leave the processor's cache, fewer are calls that cost more than their work
+ROWS = {
+    "cpu": 1280
+}  # rows of a batch: more of them leave the processor's cache, fewer are calls that cost more than their work
 GPU_ROWS = 2**16  # enough to fill a graphics processor; the budget of memory decides before
 MEMORY = 2 * 2**30  # bytes a measurement may take beside the model and the data, if nothing else is asked
 
@@ -53,7 +55,9 @@ class Plan:
         return [replace(self, subjects=(s,), batch=_batch([s])) for s in self.subjects]
 
 
-def plans(subjects: Sequence[Subject], engine: Engine | Literal["auto"], seed: int, memory: int, chunk: int | None) -> list[Plan]:
+def plans(
+    subjects: Sequence[Subject], engine: Engine | Literal["auto"], seed: int, memory: int, chunk: int | None
+) -> list[Plan]:
     """Passes that serve all estimators, those given by weights of as many particles together.
 
     "auto" batches replicates only after each estimator's were seen to equal the slow twin's; what cannot be batched is looped,
@@ -97,7 +101,9 @@ def _batched(
             batch = _batch(part)
             found += _batched(part, batch, batch.draw(_probe(first, seed=0)), engine, memory, chunk)
         return found
-    size = chunk or chunk_size(len(first.x) * first.estimator.K, first.x.device.type, (memory - held) // batch.bytes_each)
+    size = chunk or chunk_size(
+        len(first.x) * first.estimator.K, first.x.device.type, (memory - held) // batch.bytes_each
+    )
     return [Plan(engine, tuple(subjects), size, batch)]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from pebble import ProcessExpired, ProcessPool
 
 from gradiometer.bench import machine, store
-from gradiometer.bench.cells import Cell
+from gradiometer.bench.cells import Cell, attempt_together
 from gradiometer.estimators.registry import load_plugin
 
 TIMED = ("cost", "training")  # kinds whose rows hold seconds: never beside another cell
@@ -38,6 +38,7 @@ def run(
     folder: Path,
     *,
     jobs: int = 1,
+    devices: Sequence[str] = ("cpu",),
     plugins: Sequence[str] = (),
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
@@ -47,6 +48,7 @@ def run(
         cells: with their time limits in seconds.
         folder: made by `store.open_for_writing`.
         jobs: processes for cells without timings; it changes no row.
+        devices: where cells run, in turn, each with `jobs` processes; it changes no row, if they are alike.
         plugins: files of estimators, loaded in every process.
         report: called with each outcome as it is known.
     """
@@ -66,10 +68,22 @@ def run(
         else:
             waiting.append((cell, limit))
     for timed, workers in ((False, jobs), (True, 1)):
-        batch = [(cell, limit) for cell, limit in waiting if (cell.kind in TIMED) == timed]
-        if batch:
-            _run_batch(batch, folder, min(workers, len(batch)), plugins, tell)
+        groups = companies([(cell, limit) for cell, limit in waiting if (cell.kind in TIMED) == timed])
+        while groups:
+            groups = _run_groups(groups, folder, workers, devices, plugins, tell)
     return outcomes
+
+
+Group = Sequence[tuple[Cell, float]]
+"""Cells that one pass can serve, with their time limits."""
+
+
+def companies(cells: Group) -> list[Group]:
+    """The cells in groups, each of which is measured at once; which they are depends on nothing but the cells."""
+    found: dict[Cell, list[tuple[Cell, float]]] = {}
+    for cell, limit in cells:
+        found.setdefault(cell.company or cell, []).append((cell, limit))
+    return list(found.values())
 
 
 def finished(folder: Path, key: str) -> str | None:
@@ -81,25 +95,44 @@ def finished(folder: Path, key: str) -> str | None:
     return None if status == "failed" else status
 
 
-def _run_batch(
-    batch: list[tuple[Cell, float]], folder: Path, workers: int, plugins: Sequence[str], tell: Callable[[Outcome], None]
-) -> None:
-    pool = ProcessPool(workers, context=get_context("spawn"), initializer=_start)
+def _run_groups(
+    groups: Sequence[Group],
+    folder: Path,
+    workers: int,
+    devices: Sequence[str],
+    plugins: Sequence[str],
+    tell: Callable[[Outcome], None],
+) -> list[Group]:
+    """Run groups side by side; returns the cells, each alone, of those whose process died or took too long."""
+    workers = min(workers, -(-len(groups) // len(devices)))
+    pools = [ProcessPool(workers, context=get_context("spawn"), initializer=_start, initargs=(d,)) for d in devices]
+    again: list[Group] = []
     try:
         with _spared_by_interrupts():
-            pending: dict[Future[Outcome], tuple[Cell, float]] = {
-                pool.schedule(_work, args=(cell, folder, list(plugins)), timeout=limit): (cell, limit)
-                for cell, limit in batch
-            }
+            pending: dict[Future[list[Outcome]], Group] = {}
+            for number, group in enumerate(groups):
+                pool, limit = pools[number % len(pools)], sum(limit for _, limit in group)
+                cells = [cell for cell, _ in group]
+                pending[pool.schedule(_work, args=(cells, folder, list(plugins)), timeout=limit)] = group
         for future in _as_completed(list(pending)):
-            cell, limit = pending[future]
-            tell(_outcome(future, cell, limit, folder))
-        pool.close()
+            group, error = pending[future], future.exception()
+            if error is None:
+                for outcome in future.result():
+                    tell(outcome)
+            elif len(group) > 1:
+                again += [[one] for one in group]
+            else:
+                tell(_failure(error, *group[0], folder))
+        for pool in pools:
+            pool.close()
     except BaseException:
-        pool.stop()
+        for pool in pools:
+            pool.stop()
         raise
     finally:
-        pool.join()
+        for pool in pools:
+            pool.join()
+    return again
 
 
 @contextlib.contextmanager
@@ -115,33 +148,35 @@ def _spared_by_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _as_completed(futures: list[Future[Outcome]]) -> Iterator[Future[Outcome]]:
+def _as_completed(futures: list[Future[list[Outcome]]]) -> Iterator[Future[list[Outcome]]]:
     left = set(futures)
     while left:
         done, left = wait(left, timeout=0.5, return_when="FIRST_COMPLETED")
         yield from done
 
 
-def _outcome(future: Future[Outcome], cell: Cell, limit: float, folder: Path) -> Outcome:
-    try:
-        return future.result()
-    except FutureTimeout:
+def _failure(error: BaseException, cell: Cell, limit: float, folder: Path) -> Outcome:
+    if isinstance(error, FutureTimeout):
         reason = f"it took longer than its time limit of {limit:g} s"
-    except ProcessExpired as error:
+    elif isinstance(error, ProcessExpired):
         killed = error.exitcode == -signal.SIGKILL
         reason = (
             "its process was killed: out of memory, most likely"
             if killed
             else f"its process died (exit code {error.exitcode})"
         )
-    except Exception as error:  # the worker could not begin or not write, or all of them are gone
+    else:  # the worker could not begin or not write, or all of them are gone
         reason = (str(error).splitlines() or [type(error).__name__])[0]
     store.write_cell(folder, cell.key, cell.without_numbers("failed", reason), machine.describe())
     return Outcome(cell, "failed", reason)
 
 
-def _start() -> None:
-    """In a fresh worker: leave Ctrl-C to the parent, and end when it is gone, however it went."""
+def _start(device: str) -> None:
+    """In a fresh worker: take a device, leave Ctrl-C to the parent, and end when it is gone, however it went."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.set_device(torch.device(device))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
@@ -152,14 +187,16 @@ def _start() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _work(cell: Cell, folder: Path, plugins: list[str]) -> Outcome:
-    """In a worker: run one cell and publish what came of it."""
+def _work(cells: list[Cell], folder: Path, plugins: list[str]) -> list[Outcome]:
+    """In a worker: run cells and publish what came of them."""
     began = time.perf_counter()
     for plugin in plugins:
         load_plugin(plugin)
-    rows, status, reason = cell.attempt()
-    store.write_cell(folder, cell.key, rows, machine.describe())
-    return Outcome(cell, status, reason, time.perf_counter() - began)
+    found = []
+    for cell, (rows, status, reason) in zip(cells, attempt_together(cells), strict=True):
+        store.write_cell(folder, cell.key, rows, machine.describe())
+        found.append(Outcome(cell, status, reason, (time.perf_counter() - began) / len(cells)))
+    return found
 
 
 @contextlib.contextmanager

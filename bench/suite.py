@@ -9,12 +9,24 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from gradiometer.bench.cells import Cell
-from gradiometer.bench.complaints import line_of, sentence
+from gradiometer.bench.complaints import line_of, sentence, words
 from gradiometer.bench.errors import RequestError
+from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.named import REFERENCES, parse_problem
+from gradiometer.bench.replicates import MEMORY
 from gradiometer.estimators.registry import nearest, parse
 
 
@@ -32,12 +44,52 @@ def _vae(word: str) -> str:
     return word
 
 
+def _metric(name: str) -> str:
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}{nearest(name, list(METRICS))}")
+    return name
+
+
+def precision_of(value: object) -> object:
+    """A relative precision: ``"5%"`` or 0.05."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"should be a part of the value, as in 5% or 0.05, not {value!r}") from None
+
+
+def memory_of(value: object) -> object:
+    """An amount of memory in bytes: ``"2GB"`` or a number."""
+    try:
+        return int(_BYTES.validate_python(value))
+    except ValidationError:
+        raise ValueError(f"should be an amount of memory, as in 2GB or 512MiB, not {value!r}") from None
+
+
+def amount(option: str, kind: Any, value: str) -> Any:
+    """The value of an option of the command line that a suite has a key for.
+
+    Raises:
+        RequestError: it is no such amount.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise RequestError(f"{option}: {words(error.errors()[0])}") from None
+
+
+_BYTES = TypeAdapter(ByteSize)
 EstimatorWord = Annotated[str, AfterValidator(_estimator)]
 ProblemWord = Annotated[str, AfterValidator(_problem)]
 VaeWord = Annotated[str, AfterValidator(_vae)]
 Positive = Annotated[int, Field(ge=1)]
 Some = Field(min_length=1)
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+MetricName = Annotated[str, AfterValidator(_metric)]
+Precision = Annotated[float, BeforeValidator(precision_of), Field(gt=0, lt=1)]
+Memory = Annotated[int, BeforeValidator(memory_of), Field(ge=2**20)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -70,7 +122,11 @@ class GradientBlock(Block):
     estimators: Annotated[list[str], Some]
     replicates: Annotated[int, Field(ge=4)] = 1024
     reference: EstimatorWord = ""
-    engine: Literal["auto", "rows", "loop"] = "auto"
+    engine: Literal["auto", "rows", "ghost", "loop"] = "auto"
+    metrics: list[MetricName] = []
+    precision: Precision | None = None
+    budget: Annotated[int, Field(ge=4)] | None = None
+    memory: Memory = MEMORY
     dtype: Literal["float32", "float64"] = "float32"
 
 
@@ -124,6 +180,10 @@ class Suite(BaseModel):
                 "replicates": g.replicates,
                 "reference": g.reference,
                 "engine": g.engine,
+                "metrics": tuple(g.metrics),
+                "precision": g.precision,
+                "budget": g.budget,
+                "memory": g.memory,
                 "dtype": g.dtype,
             }
             for problem in g.problems:

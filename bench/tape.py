@@ -103,14 +103,17 @@ class Network:
             self.axes.append(changed[0])
 
     @contextmanager
-    def recording(self, record: Callable[[nn.Module, Tensor, Tensor], None], leaves: Mapping[str, Tensor]) -> Iterator[None]:
+    def recording(
+        self, record: Callable[[nn.Module, Tensor, Tensor], None], leaves: Mapping[str, Tensor]
+    ) -> Iterator[None]:
         """While open, calls of layers are reported, linear ones are made fast, and free parameters stand aside for `leaves`."""
 
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             record(layer, inputs[0].detach(), output)
 
         handles = [layer.register_forward_hook(hook) for layer in self.layers]
-        aside = [(module, attribute, leaves[name]) for name, (module, attribute, _) in self.free.items()]
+        aside: list[tuple[Any, str, Any]] = []
+        aside += [(module, attribute, leaves[name]) for name, (module, attribute, _) in self.free.items()]
         aside += [(layer, "forward", forward) for layer, forward in self.forwards.items()]
         for module, attribute, instead in aside:
             module.__dict__[attribute] = instead  # found before the parameter or method of that name
@@ -139,15 +142,14 @@ class _Guide:
         found: dict[int, Tensor] = {}
         if reached and calls:
             parameters, outputs = [p for p, _ in reached], [call.output for call in calls]
-            used: list[int] = []
 
-            def pulled_back(*slope: Tensor) -> tuple[Tensor, ...]:
-                made = torch.autograd.grad(parameters, outputs, slope, retain_graph=True, allow_unused=True)
-                used[:] = [i for i, g in enumerate(made) if g is not None]
-                return tuple(g for g in made if g is not None)
+            def pulled_back(*slope: Tensor) -> dict[int, Tensor]:
+                made: Sequence[Any] = torch.autograd.grad(
+                    parameters, outputs, slope, retain_graph=True, allow_unused=True
+                )
+                return {i: g for i, g in enumerate(made) if g is not None}
 
-            made = torch.func.vmap(pulled_back)(*(s.unsqueeze(1) for _, s in reached))  # [n, 1, B, ...]
-            found = dict(zip(used, made, strict=True))
+            found = torch.func.vmap(pulled_back)(*(s.unsqueeze(1) for _, s in reached))  # [n, 1, B, ...]
         return [found.get(i) for i in range(len(calls))]
 
 
@@ -251,7 +253,9 @@ class Tape:
             if slope is None:
                 continue
             for factors in call.factors(slope):
-                inputs, cotangents = (self._replicates_first(call, t, columns) for t in (factors.inputs, factors.cotangents))
+                inputs, cotangents = (
+                    self._replicates_first(call, t, columns) for t in (factors.inputs, factors.cotangents)
+                )
                 if columns is None:
                     bias = cotangents.sum(1).unsqueeze(-1)
                 else:
@@ -299,7 +303,7 @@ class Tape:
             rows, axis = rows.reshape(-1, self.R, B, *rows.shape[-2:]), 1
         return rows.movedim(axis, 0).flatten(1, -2)
 
-    def _add(self, parameter: nn.Parameter, made: Tensor | Outer, owners: Owners, alone: int | None = None) -> None:
+    def _add(self, parameter: Tensor, made: Tensor | Outer, owners: Owners, alone: int | None = None) -> None:
         """Add gradients of a parameter, side by side on the last axis for those who own them, or of one estimator `alone`."""
         name = self.network.owner[id(parameter)]
         block = name if alone is None else f"{name}#{alone}"

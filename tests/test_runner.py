@@ -232,7 +232,7 @@ def test_a_run_that_is_killed_loses_at_most_the_cells_in_flight(
     tmp_path: Path, how: signal.Signals, gradiometer: Command
 ) -> None:
     patient = plugin(tmp_path / "patient.py", patient='time.sleep(float(os.environ.get("NAP", "0")))')
-    words = ["iwae:K=2", "stl", "patient", "patient:K=2", "patient:K=3"]
+    words = ["iwae:K=2", "stl", "patient:K=3", "patient:K=4", "patient:K=5"]  # one pass would serve equal K
     asked = suite(tmp_path / "mine.toml", *words)
     command = [
         sys.executable,

@@ -32,7 +32,7 @@ class Measuring:
 
     def run(self, word: str, engine: str) -> Measurement:
         """What is timed."""
-        return measure(self.problem, parse(word), replicates=256, engine=engine)  # type: ignore[arg-type]
+        return measure(self.problem, parse(word), replicates=256, engine=engine)
 
     def time_measure(self, word: str, engine: str) -> None:
         """Seconds of a measurement of 256 replicates."""
