@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradiometer.bench.gradients import Parameters
-from gradiometer.bench.moments import Accumulator, Array, Moments, Projections, Traces, accumulator, shards, zero
+from gradiometer.bench.moments import Accumulator, Array, Moments, Projections, accumulator, shards, zero
 from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import BLOCK
@@ -169,8 +169,7 @@ class Folding:
         for name, block in made.blocks.items():
             parts = [part for of in made.parts for part in of.values() if part.block == name]
             slices = dict.fromkeys((part.columns.start, part.columns.stop) for part in parts)
-            make = Traces if self.traces else accumulator
-            self.sums[name] = make(block[:BLOCK], self.number, slices)
+            self.sums[name] = accumulator(block[:BLOCK], self.number, slices, traces=self.traces)
 
     def _of(self, estimator: int, group: str) -> list[tuple[str, Part]]:
         found = self.parts[estimator]

@@ -17,10 +17,10 @@ from torch import Tensor
 from gradiometer.bench import metrics
 from gradiometer.bench.folding import Failure, Folding
 from gradiometer.bench.gradients import Counted, trainable
-from gradiometer.bench.moments import Array, Cancelled, Moments
+from gradiometer.bench.moments import SHARED_FEW, Array, Cancelled, Moments
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.products import full_precision
-from gradiometer.bench.replicates import MEMORY, Plan, Subject, active_units, draws, plans
+from gradiometer.bench.replicates import MEMORY, Plan, Subject, active_units, draws, looped, plans
 from gradiometer.bench.statistics import Value, exact, jackknife
 from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import settled
@@ -41,8 +41,9 @@ class Measurement:
         samples: per quantity and shard, its value in each replicate.
         evaluations: of the joint, per data point and gradient.
         units: active units and how many there are, or None where the problem holds no data for them.
-        engine, chunk: how it was computed; a smaller chunk than was planned tells that memory ran out.
-        precision, precision_met: what was asked of the variances' intervals, if anything.
+        engine, chunk: how it was computed.
+        note: what went otherwise than planned.
+        precision_met: whether the variances are as precise as asked, if that was asked.
     """
 
     problem: Problem
@@ -57,7 +58,7 @@ class Measurement:
     active_units: int | None
     engine: str
     chunk: int
-    precision: float | None = None
+    note: str = ""
     precision_met: bool | None = None
 
     @functools.cached_property
@@ -114,6 +115,7 @@ class Measurement:
             "scale": "batch mean",
             "replicates": self.replicates,
             "precision_met": self.precision_met,
+            "reason": self.note,
         }
         found = [about | row_of(name, value) for name, value in self.values().items()]
         for group in self.groups:
@@ -181,7 +183,8 @@ def measure_all(
         engine: "rows" batches replicates, "ghost" too and keeps squared norms alone, "loop" takes one at a time, "auto" chooses.
         device, dtype: where and how precisely the gradients are computed; moments of all are float64.
         reference: the estimator whose mean gradient is the direction of `cosine` and `directional_snr`; each one's own if None.
-        only: the metrics that are wanted; all if none is named. Without those of single coordinates, "auto" takes "ghost".
+        only: the metrics that are wanted; all if none is named. Without those of single coordinates "auto" takes "ghost", where
+            that is faster: up to 32 rows in a replicate.
         precision: go on until every interval of a variance is at most this wide on either side, relative to the variance.
         budget: the most replicates that a precision may take; 100 times `replicates` if None.
         memory: bytes to take beside the model and the data, from which the replicates in a batch follow.
@@ -217,24 +220,33 @@ def measure_all(
         waiting = plans(subjects, engine, seed, memory, chunk)
         while waiting:
             plan = waiting.pop(0)
-            if traces and plan.engine == "rows":
+            if traces and plan.engine == "rows" and plan.rows_each <= SHARED_FEW:
                 plan = replace(plan, engine="ghost")
             try:
                 made = asked.of(plan)
-            except Cancelled as error:
-                if engine == "ghost":
-                    raise Failure(f"{error}: measure with --engine rows") from None
-                traces = False
-                waiting.insert(0, replace(plan, engine="rows"))
-            except NotRows:
-                waiting = [*plan.apart(), *waiting]
-            except torch.OutOfMemoryError:
-                if plan.chunk == 1:
-                    raise
-                waiting.insert(0, plan.halved())
+            except (Cancelled, NotRows, torch.OutOfMemoryError) as error:
+                traces = traces and not isinstance(error, Cancelled)
+                waiting = [*_another_way(plan, error, engine), *waiting]
             else:
                 found |= {id(subject): m for subject, m in zip(plan.subjects, made, strict=True)}
     return [found[id(subject)] for subject in subjects]
+
+
+def _another_way(plan: Plan, error: Exception, engine: Engine) -> list[Plan]:
+    """Plans in the place of one that could not be carried out.
+
+    Raises:
+        Failure: there is no other way, or none that was asked for.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        if plan.chunk > 1:
+            return [plan.halved()]
+        raise Failure("memory ran out with one replicate in a batch") from error
+    if len(plan.subjects) > 1 and isinstance(error, NotRows):
+        return plan.apart()
+    if engine != "auto":
+        raise Failure(f"{error}: measure with another --engine") from error
+    return [replace(plan, engine="rows")] if isinstance(error, Cancelled) else [looped(plan.subjects[0], str(error))]
 
 
 @dataclass(frozen=True)
@@ -257,43 +269,46 @@ class _Asked:
         counted = plan.subjects[0].model
         before = counted.evaluations
         self._fold(plan, folding, range(self.replicates))
-        while not (met := self._precise(folding)) and (more := self._further(folding)):
+        found: dict[int, Measurement] = {}
+        while True:
+            more = self._further(folding)
+            for position, subject in enumerate(plan.subjects):
+                met = self._precise(folding, position)
+                if position not in found and (met or not more):
+                    done = folding.replicates * len(self.problem.x)
+                    found[position] = Measurement(
+                        self.problem,
+                        subject.estimator,
+                        folding.replicates,
+                        self.seed,
+                        folding.moments(position),
+                        {group: tuple(members) for group, members in subject.parameters.items()},
+                        folding.projections(position),
+                        folding.samples(position),
+                        (counted.evaluations - before) / done,
+                        self.units,
+                        plan.engine,
+                        plan.chunk,
+                        plan.note,
+                        met if self.precision else None,
+                    )
+            if len(found) == len(plan.subjects):
+                return [found[position] for position in range(len(found))]
             self._fold(plan, folding, folding.extend(more))
-        evaluations = (counted.evaluations - before) / (folding.replicates * len(self.problem.x))
-        return [
-            Measurement(
-                self.problem,
-                subject.estimator,
-                folding.replicates,
-                self.seed,
-                folding.moments(position),
-                {group: tuple(members) for group, members in subject.parameters.items()},
-                folding.projections(position),
-                folding.samples(position),
-                evaluations,
-                self.units,
-                plan.engine,
-                plan.chunk,
-                self.precision,
-                met if self.precision else None,
-            )
-            for position, subject in enumerate(plan.subjects)
-        ]
 
     def _fold(self, plan: Plan, folding: Folding, replicates: range) -> None:
         for at, made in draws(plan, self.seed, replicates):
             folding.add(made, at)
 
-    def _precise(self, folding: Folding) -> bool:
-        """Whether every variance is as precise as asked."""
+    def _precise(self, folding: Folding, position: int) -> bool:
+        """Whether the variances of an estimator are as precise as asked, in every group."""
         if self.precision is None:
             return True
-        for position, parameters in enumerate(folding.parameters):
-            moments = folding.moments(position)
-            for members in parameters.values():
-                value = _of_moments("variance", [moments[name] for name in members])
-                if value.value > 0 and not (value.high - value.low) / 2 <= self.precision * value.value:
-                    return False
+        moments = folding.moments(position)
+        for members in folding.parameters[position].values():
+            value = _of_moments("variance", [moments[name] for name in members])
+            if value.value > 0 and not (value.high - value.low) / 2 <= self.precision * value.value:
+                return False
         return True
 
     def _further(self, folding: Folding) -> int:

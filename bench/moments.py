@@ -144,7 +144,10 @@ class Pilot:
         if not 0 < len(columns) <= FEW_COLUMNS:
             return Pilot(gradients)
         return Pilot(
-            torch.zeros_like(gradients).index_copy_(-1, torch.tensor(columns), gradients[..., columns]), tuple(columns)
+            torch.zeros_like(gradients).index_copy_(
+                -1, torch.tensor(columns, device=gradients.device), gradients[..., columns]
+            ),
+            tuple(columns),
         )
 
     def taken_from(self, gradient: Tensor, units: slice) -> Tensor:
@@ -304,14 +307,17 @@ class Traces(Accumulator):
         Raises:
             Cancelled: the mean is so large against the noise that squared norms do not tell it.
         """
-        parts, squares = self.first[..., columns], self.squares[columns.start, columns.stop].cpu().numpy()
-        total, n = parts.sum(0), float(self.count.sum())
-        rows = []
-        for f, q, left in ((torch.zeros_like(total), 0.0, n), *zip(parts, squares, n - self.count, strict=True)):
-            square = float(torch.linalg.vector_norm(total - f, dtype=torch.float64)) ** 2
-            second = float(squares.sum() - q)
+        parts = [part[..., columns].flatten() for part in self.first]
+        squares = self.squares[columns.start, columns.stop].tolist()
+        total, n, rows = _total(parts), float(self.count.sum()), []
+        least = 1000 * torch.finfo(total.dtype).eps
+        for without, second, left in (
+            (total, sum(squares), n),
+            *((total - f, sum(squares) - q, n - c) for f, q, c in zip(parts, squares, self.count, strict=True)),
+        ):
+            square = sum(float(torch.dot(part, part)) for part in without.split(TILE))
             variance = max(0.0, second - square / left) / (left - 1)
-            if second > 0 and variance * left < CANCELLED / 10 * second:
+            if variance * left < least * second:
                 raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")
             rows.append([square / left**2, variance, math.nan, math.nan, math.nan])
         mean = (total.double() / n).cpu().numpy()
@@ -322,13 +328,18 @@ class Cancelled(Exception):
     """Squared norms have lost the digits that a variance needs."""
 
 
-def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice]) -> Accumulator:
-    """The accumulator that is fast and precise for gradients of which the first replicates are given."""
+def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice], traces: bool = False) -> Accumulator:
+    """The accumulator that is fast and precise for gradients of which the first replicates are given.
+
+    With `traces`, squared norms stand for second moments wherever that saves something.
+    """
     if isinstance(beginning, Outer):
         if beginning.shared and beginning.rows <= SHARED_FEW:
             deviations = Outer(beginning.inputs, beginning.cotangents - beginning.cotangents.mean(0))
             if beginning.rows == 1 or _pairs_agree(deviations):
                 return Shared(beginning, shards, slices)
+        elif traces:
+            return Traces(beginning, shards, slices)
         elif beginning.rows <= FEW and len(beginning) >= ENOUGH:
             first, second = beginning.total(), beginning.squared().total()
             if not _cancelled(first, second, len(beginning)).any():

@@ -14,6 +14,7 @@ from torch import Tensor
 from gradiometer.bench.batched import Batch, dense, together
 from gradiometer.bench.gradients import Parameters, one
 from gradiometer.bench.moments import SHARDS
+from gradiometer.bench.outer import Outer
 from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
@@ -26,7 +27,7 @@ GPU_ROWS = 2**16  # enough to fill a graphics processor; the budget of memory de
 MEMORY = 2 * 2**30  # bytes a measurement may take beside the model and the data, if nothing else is asked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """An estimator on a model held still: its memory, and the parameters its gradients are taken by."""
 
@@ -45,10 +46,17 @@ class Plan:
     subjects: tuple[Subject, ...]
     chunk: int
     batch: Batch | None = None
+    note: str = ""
+
+    @property
+    def rows_each(self) -> int:
+        """Particles of one replicate, over its data points."""
+        return len(self.subjects[0].x) * self.subjects[0].estimator.K
 
     def halved(self) -> Plan:
-        """The same with half as many replicates at a time."""
-        return replace(self, chunk=self.chunk // 2)
+        """The same with half as many replicates at a time, since memory ran out."""
+        chunk = self.chunk // 2
+        return replace(self, chunk=chunk, note=f"memory ran out with more than {chunk} replicates in a batch")
 
     def apart(self) -> list[Plan]:
         """Each estimator in a pass of its own."""
@@ -70,7 +78,7 @@ def plans(
         group = [s for s in waiting if together([first.estimator, s.estimator])] or waiting[:1]
         waiting = [s for s in waiting if s not in group]
         if engine == "loop":
-            found += [_loop(s) for s in group]
+            found += [looped(s) for s in group]
         elif engine == "auto":
             found += _agreed(group, seed, memory, chunk)
         else:
@@ -79,7 +87,10 @@ def plans(
     return found
 
 
-def _loop(subject: Subject) -> Plan:
+def looped(subject: Subject, reason: str = "") -> Plan:
+    """One replicate at a time, with a warning if there is a reason."""
+    if reason:
+        warnings.warn(f"{subject.estimator} is measured one replicate at a time: {reason}", stacklevel=6)
     return Plan("loop", (subject,), 1)
 
 
@@ -93,7 +104,8 @@ def _batched(
 ) -> list[Plan]:
     """One pass; or two, each with half of the estimators, where the moments of all would take most of the memory."""
     first = subjects[0]
-    held = 2 * SHARDS * first.x.element_size() * sum(math.prod(block.shape[-2:]) for block in made.blocks.values())
+    width = sum(math.prod(b.shape if isinstance(b, Outer) else b.shape[1:]) for b in made.blocks.values())
+    held = 2 * SHARDS * first.x.element_size() * width
     if held > memory / 2 and len(subjects) > 1:
         half = len(subjects) // 2
         found = []
@@ -120,7 +132,7 @@ def chunk_size(rows_each: int, device: str, affordable: int) -> int:
 
 def _agreed(group: Sequence[Subject], seed: int, memory: int, chunk: int | None) -> list[Plan]:
     candidates = [s for s in group if s.estimator.facts.replicates_as_rows and not s.estimator.facts.couples_data]
-    looped = [s for s in group if s not in candidates]
+    apart = [looped(s) for s in group if s not in candidates]
     rows: list[Subject] = []
     if candidates:
         try:
@@ -129,17 +141,17 @@ def _agreed(group: Sequence[Subject], seed: int, memory: int, chunk: int | None)
         except NotRows as error:
             if len(candidates) > 1:  # each may still be batched by itself
                 alone = [plan for s in candidates for plan in _agreed([s], seed, memory, chunk)]
-                return alone + [_loop(s) for s in looped]
-            _warn(candidates[0].estimator, str(error))
-            return [_loop(s) for s in group]
+                return alone + apart
+            return [*apart, looped(candidates[0], str(error))]
         for position, subject in enumerate(candidates):
-            if (difference := _difference(made, position, subject, seed)) is not None:
-                _warn(subject.estimator, difference)
-            (looped if difference else rows).append(subject)
+            if (difference := _difference(made, position, subject, seed)) is None:
+                rows.append(subject)
+            else:
+                apart.append(looped(subject, difference))
     if rows and len(rows) < len(candidates):
         batch = _batch(rows)
         made = batch.draw(_probe(rows[0], seed))
-    return (_batched(rows, batch, made, "rows", memory, chunk) if rows else []) + [_loop(s) for s in looped]
+    return (_batched(rows, batch, made, "rows", memory, chunk) if rows else []) + apart
 
 
 def _difference(made: Pass, position: int, subject: Subject, seed: int) -> str | None:
@@ -156,10 +168,6 @@ def _difference(made: Pass, position: int, subject: Subject, seed: int) -> str |
 
 def _one(subject: Subject, rng: Rng) -> Any:
     return one(subject.estimator, subject.model, subject.x, rng, subject.state, subject.parameters)
-
-
-def _warn(estimator: Estimator, reason: str) -> None:
-    warnings.warn(f"{estimator} is measured one replicate at a time: {reason}", stacklevel=6)
 
 
 def draws(plan: Plan, seed: int, wanted: range) -> Iterator[tuple[range, Pass]]:
