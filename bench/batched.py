@@ -50,10 +50,10 @@ class Batch:
             self.by_columns = False
         two, three = self._calls(2), self._calls(3)
         self.network.find_axes([call.rows for call in two], [call.rows for call in three])
-        held = sum(4 * call.output.numel() + (2 + len(estimators)) * call.inputs.numel() for call in two)
-        self.bytes_each = max(
-            1, held // 2 * x.element_size()
-        )  # of a replicate: layers, their gradients, weighted inputs
+        held = sum(4 * call.output.numel() + 3 * call.inputs.numel() for call in two) / 2  # with gradients and copies
+        if self.network.guide is not None:
+            held += 12 * len(x) * estimators[0].K * self.network.guide[0].event_shape.numel()  # noise, densities
+        self.bytes_each = max(1, int(held) * x.element_size())  # of a replicate, about
 
     def draw(self, rng: Rng) -> Pass:
         """Gradients of every replicate of `rng`, those of weights as factors."""

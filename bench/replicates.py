@@ -20,10 +20,11 @@ from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
 
 Engine = Literal["rows", "loop", "ghost"]
-ROWS = {
-    "cpu": 1280
-}  # rows of a batch: more of them leave the processor's cache, fewer are calls that cost more than their work
-GPU_ROWS = 2**16  # enough to fill a graphics processor; the budget of memory decides before
+CHUNK = {
+    "cpu": 2**25
+}  # bytes of a batch: more of them leave the processor's cache, fewer cost more in calls than in work
+GPU_CHUNK = 2**30  # enough to fill a graphics processor
+MOST = 4096  # replicates in a batch, however small
 MEMORY = 2 * 2**30  # bytes a measurement may take beside the model and the data, if nothing else is asked
 
 
@@ -113,9 +114,8 @@ def _batched(
             batch = _batch(part)
             found += _batched(part, batch, batch.draw(_probe(first, seed=0)), engine, memory, chunk)
         return found
-    size = chunk or chunk_size(
-        len(first.x) * first.estimator.K, first.x.device.type, (memory - held) // batch.bytes_each
-    )
+    wanted = min(CHUNK.get(first.x.device.type, GPU_CHUNK), (memory - held) // len(subjects)) // batch.bytes_each
+    size = chunk or chunk_size(wanted)
     return [Plan(engine, tuple(subjects), size, batch)]
 
 
@@ -124,9 +124,9 @@ def _probe(subject: Subject, seed: int) -> Rng:
     return Rng(seed, range(2), "measure", subject.x.device)
 
 
-def chunk_size(rows_each: int, device: str, affordable: int) -> int:
-    """Replicates per batch: whole blocks of noise, or a part of one that leaves no rest; as many as fill the device, or as fit."""
-    wanted = max(1, min(ROWS.get(device, GPU_ROWS) // rows_each, affordable))
+def chunk_size(wanted: int) -> int:
+    """Replicates per batch: about as many as `wanted`, in whole blocks of noise, or a part of one that leaves no rest."""
+    wanted = min(max(wanted, 1), MOST)
     return wanted // BLOCK * BLOCK if wanted >= BLOCK else 2 ** wanted.bit_length() // 2
 
 
