@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from gradiometer.bench.gradients import Counted, one, trainable
 from gradiometer.bench.problems import Problem, reason_to_skip
@@ -52,6 +53,9 @@ def cost(
     def step() -> None:
         one(estimator, model, x, Rng(seed, 0, "cost", device, block=1), state, parameters)
 
+    with FlopCounterMode(display=False) as counter:
+        step()
+    operations = counter.get_total_flops()
     times = _seconds(step, threads, seconds)
     per_gradient = _median(times)
     return {
@@ -60,6 +64,7 @@ def cost(
         "peak_memory": exact(peak_memory(step, x) / 2**20),
         "gradients_per_second": _median([1 / t for t in times]),
         "particles_per_second": _median([evaluations * len(x) / t for t in times]),
+        "flops_per_second": _median([operations / t for t in times]),
     }
 
 

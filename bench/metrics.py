@@ -234,6 +234,15 @@ _COSTS = (
         True,
     ),
     Metric(
+        "flops_per_second",
+        "arithmetic throughput",
+        "1/s",
+        "higher",
+        "median",
+        "Floating-point operations of matrix products per second of gradient computation: its utilisation, against the machine's peak.",
+        True,
+    ),
+    Metric(
         "variance_seconds",
         "variance x time",
         "(nats / parameter)^2 s",

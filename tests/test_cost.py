@@ -115,3 +115,11 @@ def test_the_problem_is_not_changed_and_what_it_lacks_is_a_sentence() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in problem.model.state_dict().items())
     with pytest.raises(ValueError, match="dreg needs a reparameterisable guide; try rloo or vimco"):
         cost(named_problem("bernoulli-toy", 1), parse("dreg"))
+
+
+def test_operations_are_those_of_the_matrix_products() -> None:
+    found = cost(named_problem("digits-vae@init", 20), parse("sgvb-a"), seconds=0.01)
+    encoder, decoder = [64 * 32, 32 * 16], [8 * 32, 32 * 64]
+    products = 3 * sum(encoder + decoder) - encoder[0]  # forward, by the weights, by the inputs but the data
+    counted = found["flops_per_second"].value * found["seconds_per_gradient"].value
+    assert counted == pytest.approx(2 * 20 * products, rel=0.2)  # medians of a time and of its inverse

@@ -11,6 +11,7 @@ from gradiometer.bench import metrics
 from gradiometer.bench.measurement import measure
 from gradiometer.bench.metrics import (
     METRICS,
+    Sums,
     cosine,
     directional_snr,
     gradient_norm,
@@ -20,7 +21,7 @@ from gradiometer.bench.metrics import (
     variance,
 )
 from gradiometer.bench.models.toys import FunctionToy, GaussianToy
-from gradiometer.bench.moments import Accumulator, Moments, Pooled, Sums, shards
+from gradiometer.bench.moments import Moments, accumulator, shards
 from gradiometer.bench.problems import Problem
 from gradiometer.bench.statistics import Value, exact, jackknife, ratio, student
 from gradiometer.estimators.registry import parse
@@ -31,7 +32,7 @@ Array = np.ndarray
 def moments_of(g: Array) -> Moments:
     """Of replicates ``[R, P]``, through the accumulator, in the shards a measurement would make."""
     bounds = shards(len(g))
-    folded = Accumulator(torch.Size(g.shape[1:]), len(bounds), torch.float64, torch.device("cpu"))
+    folded = accumulator(torch.tensor(g[:16]), len(bounds), [(None, None)])
     for number, shard in enumerate(bounds):
         folded.fold(number, torch.tensor(g[shard.start : shard.stop]))
     return folded.moments()
@@ -155,7 +156,9 @@ def test_intervals_of_a_ratio_cover_it() -> None:
 
 
 def pooled(mean: Array, var: Array, n: int) -> Sums:
-    return Pooled(n, np.asarray(mean, float), np.asarray(var, float)).sums
+    m, v = np.asarray(mean, float), np.asarray(var, float)
+    ratio = np.abs(m[v > 0]) / np.sqrt(v[v > 0])
+    return Sums(n, float(m @ m), float(v.sum()), len(ratio), float(ratio.sum()), float(ratio @ ratio))
 
 
 def test_of_known_moments() -> None:
@@ -189,7 +192,7 @@ def test_few_replicates_do_not_move_the_floor() -> None:
     error = squared.std() / math.sqrt(squared.size)
     assert abs(squared.mean() * 5 / 7 - 1 / 8) < 5 * error
     assert abs(squared.mean() - 1 / 8) > 5 * error  # without the factor
-    assert snr_corrected(Pooled(8, g.mean(0), g.var(0, ddof=1)).sums) < 0.05
+    assert snr_corrected(pooled(g.mean(0), g.var(0, ddof=1), 8)) < 0.05
 
 
 def test_the_corrected_ratio_is_right_near_the_floor() -> None:
