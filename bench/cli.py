@@ -176,6 +176,8 @@ def measure(
     from gradiometer.bench.suite import Memory, Precision, amount
 
     _load(plugins)
+    if budget is not None and precision is None:
+        raise RequestError("--budget is what a precision may take: give --precision, too")
     (device,) = _devices(device, several=False)
     parse_problem(problem)
     estimators = [_word(word) for word in words]

@@ -39,7 +39,7 @@ _TEXT = (
 )
 _NUMBERS = ("step", "seconds", "K", "B", "evaluations", "value", "stderr", "low", "high", "replicates")
 _DEFAULTS: dict[str, Any] = dict.fromkeys(_TEXT, "") | dict.fromkeys(_NUMBERS, math.nan)
-_DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "jackknife": None}
+_DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "jackknife": None, "precision_met": None}
 _SETTINGS = {"B": "B", "device": "device", "dtype": "dtype", "digest": "parameters"}  # and how labels call them
 _SNAPSHOTS = ("init", "early", "late")
 _GROUPS = ("generative", "inference")

@@ -129,6 +129,12 @@ class GradientBlock(Block):
     memory: Memory = MEMORY
     dtype: Literal["float32", "float64"] = "float32"
 
+    @model_validator(mode="after")
+    def _budget_of_a_precision(self) -> GradientBlock:
+        if self.budget is not None and self.precision is None:
+            raise ValueError("a budget is what a precision may take: give precision, too")
+        return self
+
 
 class CostBlock(Block):
     """Seconds and memory of one gradient."""

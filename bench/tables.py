@@ -238,6 +238,8 @@ def _errors(uncertain: pd.DataFrame) -> str:
 def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
     """What has to be said beneath a table."""
     yield _errors(uncertain)
+    if unmet := ", ".join(dict.fromkeys(uncertain.loc[uncertain["precision_met"].eq(False), "label"])):
+        yield f"Less precise than asked, when the budget was spent: {unmet}."
     if any(column.better for column in table.columns):
         yield SEPARATED
     if any(column.metric == "objective" for column in table.columns):

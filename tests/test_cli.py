@@ -142,6 +142,55 @@ def test_a_wrong_measurement_is_one_sentence(words: list[str], said: str, refusa
     assert said in refusal("measure", TOY, *words)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--precision", "lots"], "--precision: should be a part of the value, as in 5% or 0.05, not 'lots'"),
+        (["--precision", "500%"], "--precision: should be less than 1"),
+        (["--precision", "-5%"], "--precision: should be more than 0"),
+        (["--memory", "2XB"], "--memory: should be an amount of memory, as in 2GB or 512MiB, not '2XB'"),
+        (["--memory", "3"], "--memory: should be at least 1048576"),
+        (["--budget", "99"], "--budget is what a precision may take: give --precision, too"),
+        (["--device", "cpu,cpu"], "one comparison runs on one device, not on 'cpu,cpu'"),
+        (["--engine", "fast"], "'fast' is not one of 'auto', 'rows', 'ghost', 'loop'"),
+    ],
+)
+def test_a_wrong_way_to_measure_is_one_sentence(options: list[str], said: str, refusal: Refusal) -> None:
+    assert said in refusal("measure", "gaussian-toy:units=2", "-e", "iwae:K=2", *options)
+
+
+def test_devices_that_are_not_alike_or_not_there_are_one_sentence(refusal: Refusal, tmp_path: Path) -> None:
+    suite = tmp_path / "mine.toml"
+    suite.write_text(
+        'title = "Mine"\n[[gradient]]\nproblems = ["gaussian-toy:units=2"]\nestimators = ["iwae:K=2"]\n',
+        encoding="utf-8",
+    )
+    assert "are not alike" in refusal("run", suite, "--device", "cpu,meta")
+    assert "this machine has no device 'nothing'" in refusal("run", suite, "--device", "nothing")
+
+
+def test_precision_is_told_by_the_table(gradiometer: Command) -> None:
+    asked = ("measure", "gaussian-toy:units=2", "-e", "iwae:K=4", "-m", "variance", "--replicates", "32")
+    met = gradiometer(*asked, "--precision", "20%")
+    unmet = gradiometer(*asked, "--precision", "1%", "--budget", "64")
+    assert met.exit_code == unmet.exit_code == 0
+    assert "Less precise than asked, when the budget was spent: iwae:K=4." in unmet.stdout
+    assert "from 64 replicates" in unmet.stdout
+    assert "Less precise" not in met.stdout
+
+
+def test_squared_norms_are_taken_where_a_trace_is_asked_for(gradiometer: Command, tmp_path: Path) -> None:
+    asked = ("measure", "gaussian-toy:units=2", "-e", "iwae:K=4", "--batch", "3", "--replicates", "32")
+    variances = {}
+    for name, more in (("all", ()), ("trace", ("-m", "variance"))):
+        assert gradiometer(*asked, *more, "--out", tmp_path / name).exit_code == 0
+        rows = store.load(tmp_path / name)
+        variances[name] = rows[rows["metric"] == "variance"].set_index("group")["value"]
+        assert set(rows["engine"]) == {"ghost" if name == "trace" else "rows"}
+        assert ("snr" in set(rows["metric"])) == (name == "all")
+    assert (variances["trace"] / variances["all"] - 1).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("command", ["measure", "run"])
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
     command: str, refusal: Refusal, tmp_path: Path

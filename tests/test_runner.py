@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from click.testing import Result
 
 from gradiometer.bench import cells as cells_module
 from gradiometer.bench import named, store
-from gradiometer.bench.cells import FLOORS, HARNESS, Cell
+from gradiometer.bench.cells import FLOORS, HARNESS, Cell, run_together
 from gradiometer.bench.errors import RequestError
-from gradiometer.bench.runner import finished
+from gradiometer.bench.runner import companies, finished, run
 from gradiometer.estimators.registry import load_plugin
 
 Command = Callable[..., Result]
@@ -392,6 +393,58 @@ def test_every_module_that_makes_numbers_is_in_the_key() -> None:
     packages = {"bench", "estimators", "bench.models"}
     assert imported - packages - by_yield - set(FLOORS) - set(HARNESS) == set()
     assert set(HARNESS) <= imported
+
+
+# Company: cells that one pass serves.
+
+
+def test_company_is_decided_by_the_cells_alone() -> None:
+    cells = [
+        Cell("gradient", "gaussian-toy:units=2", word, 3, replicates=16)
+        for word in ("iwae:K=2", "stl", "dreg:K=2", "sgvb-b")
+    ]
+    alone = [
+        replace(cells[0], **change) for change in ({"engine": "loop"}, {"seed": 1}, {"batch": 4}, {"precision": 0.1})
+    ]
+    groups = companies([(cell, 60.0) for cell in (*cells, *alone)])
+    words = [[(cell.estimator, cell.seed) for cell, _ in group] for group in groups]
+    assert words[:3] == [[("iwae:K=2", 0), ("dreg:K=2", 0)], [("stl", 0)], [("sgvb-b", 0)]]
+    assert all(len(group) == 1 for group in groups[3:])
+
+
+def test_rows_of_company_are_those_of_separate_runs(tmp_path: Path) -> None:
+    words = ("iwae:K=4", "dreg:K=4", "rloo:K=4", "vimco:K=4")
+    cells = [Cell("gradient", "gaussian-toy:units=5", word, 3, replicates=64, dtype="float64") for word in words]
+    together = run_together(cells)
+    for cell, rows in zip(cells, together, strict=True):
+        for one, other in zip(cell.run(), rows, strict=True):
+            for name in ("value", "low", "high"):
+                assert one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-12), (cell.estimator, one["metric"])
+            assert one | {"value": 0, "stderr": 0, "low": 0, "high": 0, "jackknife": 0} == (
+                other | {"value": 0, "stderr": 0, "low": 0, "high": 0, "jackknife": 0}
+            )
+
+
+def test_one_that_fails_leaves_its_company_alone(tmp_path: Path, gradiometer: Command) -> None:
+    broken = plugin(
+        tmp_path / "broken.py", broken='raise RuntimeError("no weights today")', dying="os._exit(3)", whole=""
+    )
+    for bad, reason in (("broken", "no weights today"), ("dying", "its process died (exit code 3)")):
+        asked = suite(tmp_path / f"{bad}.toml", "iwae:K=2", f"{bad}:K=2", "whole:K=2")
+        result = gradiometer("run", asked, "--out", tmp_path / bad, "--plugin", broken)
+        assert result.exit_code == 1
+        rows = store.load(tmp_path / bad)
+        status = rows.groupby("estimator")["status"].first()
+        assert status.to_dict() == {"iwae:K=2": "ok", f"{bad}:K=2": "failed", "whole:K=2": "ok"}
+        assert reason in set(rows["reason"])
+
+
+def test_several_devices_change_no_row(tmp_path: Path) -> None:
+    cells = [(Cell("gradient", "gaussian-toy:units=2", f"iwae:K={K}", 3, replicates=16), 60.0) for K in (2, 3, 4)]
+    for name, devices in (("one", ["cpu"]), ("two", ["cpu", "cpu"])):
+        store.open_for_writing(tmp_path / name)
+        assert {o.status for o in run(cells, tmp_path / name, devices=devices)} == {"ok"}
+    assert stored(tmp_path / "one") == stored(tmp_path / "two")
 
 
 # What is kept.

@@ -55,6 +55,24 @@ TOY = 'problems = ["gaussian-toy"]\nestimators = ["iwae"]\n'
         (TOY + 'K = [\n  2,\n  "x",\n]', "line 13: gradient.1.K.1: should be a whole number, not 'x'"),
         (TOY + "replicats = 8", "line 11: gradient.1.replicats: unknown key; did you mean 'replicates'?"),
         (TOY + 'dtype = "half"', "line 11: gradient.1.dtype: should be 'float32' or 'float64', not 'half'"),
+        (
+            TOY + 'precision = "lots"',
+            "line 11: gradient.1.precision: should be a part of the value, as in 5% or 0.05, not 'lots'",
+        ),
+        (TOY + "precision = 5", "line 11: gradient.1.precision: should be less than 1, not 5"),
+        (
+            TOY + 'memory = "2XB"',
+            "line 11: gradient.1.memory: should be an amount of memory, as in 2GB or 512MiB, not '2XB'",
+        ),
+        (
+            TOY + 'metrics = ["varience"]',
+            "line 11: gradient.1.metrics.0: unknown metric 'varience'; did you mean 'variance'?",
+        ),
+        (
+            TOY + 'engine = "fast"',
+            "line 11: gradient.1.engine: should be 'auto', 'rows', 'ghost' or 'loop', not 'fast'",
+        ),
+        (TOY + "budget = 99", "a budget is what a precision may take: give precision, too"),
         (TOY + 'reference = "drge"', "line 11: gradient.1.reference: unknown estimator 'drge'; did you mean 'dreg'?"),
         ('problems = ["gaussian-toy"]', "line 8: gradient.1.estimators: this key is missing"),
         ('problems = []\nestimators = ["iwae"]', "line 9: gradient.1.problems: should not be empty"),
@@ -179,6 +197,15 @@ def test_a_setting_reaches_every_block_that_has_the_key(tmp_path: Path) -> None:
     assert [b.replicates for b in suite.gradient] == [8, 8]
     assert [b.batch for b in (*suite.gradient, *suite.cost)] == [3, 3, 3]
     assert (suite.seed, suite.title, suite.gradient[1].dtype) == (7, "other", "float64")
+
+
+def test_amounts_are_read_as_people_write_them(tmp_path: Path) -> None:
+    text = HEAD + TOY + 'precision = "5%"\nbudget = 4096\nmemory = "512MiB"\nmetrics = ["variance"]\n'
+    first, *others = [cell for cell, _ in read(tmp_path, text).cells()]
+    assert (first.precision, first.budget, first.metrics) == (None, None, ())
+    assert [(c.precision, c.budget, c.memory, c.metrics) for c in others] == [(0.05, 4096, 2**29, ("variance",))]
+    (changed, *_), _ = zip(*read(tmp_path, HEAD + TOY, "precision=0.1", "memory=3GB").cells(), strict=True)
+    assert (changed.precision, changed.memory) == (0.1, 3 * 10**9)
 
 
 def test_a_grid_is_every_problem_with_every_estimator_at_every_k(tmp_path: Path) -> None:
