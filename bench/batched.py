@@ -135,13 +135,11 @@ def _generative(tape: Tape, drawn: _Particles, columns: Sequence[Tensor]) -> Ten
     kept, owners = _distinct(columns)
     log_p = drawn.log_p
     mine, free = tape.of_group("generative", drawn.joining), tape.free_of("generative")
-    K, R, B = log_p.shape
-    alike = [log_p.shape, (K * R * B,), *([(R, B)] if K == 1 else [])]
-    by_row = [call for call in mine if call.rows in alike]
+    by_row = [call for call in mine if _alike(call, tape.network.axes[call.number], log_p)]
     slopes = gradient(log_p.sum(), [*(call.output for call in by_row), *drawn.by_z])
     tape.put(by_row, slopes[: len(by_row)], owners, kept)
     # A layer called without particles, or with more axes, has other rows than log p: it is differentiated by itself.
-    others = [call for call in mine if call.rows not in alike]
+    others = [call for call in mine if call not in by_row]
     if others or free:
         for column, estimators in zip(kept, owners, strict=True):
             found = gradient(log_p, [*(call.output for call in others), *free.values()], column)
@@ -149,6 +147,12 @@ def _generative(tape: Tape, drawn: _Particles, columns: Sequence[Tensor]) -> Ten
             for name, slope in zip(free, found[len(others) :], strict=True):
                 tape.put_free(name, slope, estimators)
     return slopes[-1] if drawn.by_z else None
+
+
+def _alike(call: Call, axis: int, log_p: Tensor) -> bool:
+    """Whether the rows of a call are those of ``log_p [K, R, B]``, perhaps flattened or, if K = 1, without the first axis."""
+    K, R, B = log_p.shape
+    return (call.rows, axis) in ((log_p.shape, 1), ((K * R * B,), 0), ((R, B) if K == 1 else (), 0))
 
 
 def _inference(tape: Tape, drawn: _Particles, by_z: Tensor | None, columns: Sequence[Coefficients]) -> None:

@@ -24,7 +24,7 @@ class Factors:
     bias: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """A layer, what it was given, and what it gave; `number` counts the calls of a pass."""
 

@@ -188,7 +188,11 @@ class Folding:
                 pairs = [
                     projections[part.block][part.columns.start, part.columns.stop] for _, part in self._of(e, group)
                 ]
-                along, squared = (sum(values) for values in zip(*pairs or [nothing], strict=True))
+                least = 100 * torch.finfo(pairs[0][0].dtype if pairs else torch.float64).eps
+                along, squared = (sum(values).double() for values in zip(*pairs or [nothing], strict=True))
+                # What lies across the direction is not told by digits that are not there.
+                steady = squared - along.square() < least * squared
+                squared = torch.where(steady, along.square(), squared)
                 kept[number][f"along {group}"].append(along)
                 kept[number][f"squared {group}"].append(squared)
 

@@ -184,7 +184,7 @@ def measure_all(
         device, dtype: where and how precisely the gradients are computed; moments of all are float64.
         reference: the estimator whose mean gradient is the direction of `cosine` and `directional_snr`; each one's own if None.
         only: the metrics that are wanted; all if none is named. Without those of single coordinates "auto" takes "ghost", where
-            that is faster: up to 32 rows in a replicate.
+            that is faster: from 2 to 32 rows in a replicate.
         precision: go on until every interval of a variance is at most this wide on either side, relative to the variance.
         budget: the most replicates that a precision may take; 100 times `replicates` if None.
         memory: bytes to take beside the model and the data, from which the replicates in a batch follow.
@@ -220,7 +220,7 @@ def measure_all(
         waiting = plans(subjects, engine, seed, memory, chunk)
         while waiting:
             plan = waiting.pop(0)
-            if traces and plan.engine == "rows" and plan.rows_each <= SHARED_FEW:
+            if traces and plan.engine == "rows" and 1 < plan.rows_each <= SHARED_FEW:
                 plan = replace(plan, engine="ghost")
             try:
                 made = asked.of(plan)
@@ -314,7 +314,7 @@ class _Asked:
     def _further(self, folding: Folding) -> int:
         """How many replicates more before the next look: a fixed schedule, so that no look depends on what was seen."""
         unit = folding.number * (BLOCK if self.replicates >= 2 * BLOCK * folding.number else 1)
-        left = (self.budget - folding.replicates) // unit
+        left = max(0, self.budget - folding.replicates) // unit
         return min(left, math.ceil(folding.replicates / 4 / unit)) * unit
 
 

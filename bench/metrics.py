@@ -239,7 +239,7 @@ _COSTS = (
         "1/s",
         "higher",
         "median",
-        "Floating-point operations of matrix products per second of gradient computation: its utilisation, against the machine's peak.",
+        "Floating-point operations of matrix products per second; against the machine's peak, its utilisation.",
         True,
     ),
     Metric(

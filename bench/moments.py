@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradiometer.bench.metrics import Sums
-from gradiometer.bench.outer import Outer, pairs_of, twice
+from gradiometer.bench.outer import CANCELLED, Outer, pairs_of, twice
 from gradiometer.bench.products import product
 from gradiometer.estimators.noise import BLOCK
 
@@ -28,7 +28,6 @@ TILE = 2**16  # elements of a temporary that stays in the cache nearest the proc
 LARGE = 2**18  # elements of a gradient from which it is made in parts, so that it and its sums stay in a cache
 FEW_COLUMNS = 8
 PAIRED = 1024  # pairs of rows that are held at once
-CANCELLED = 1e-2  # a variance smaller than this part of the second moment has lost digits: it needs a pilot
 AGREED = 1e-3  # relative difference of second moments made in two ways, in every coordinate, if neither has cancelled
 ENOUGH = 4  # replicates that show whether terms cancel
 FEW, SHARED_FEW = 5, 32  # rows up to which sums over their pairs are cheaper than one gradient after the other
@@ -95,8 +94,7 @@ class Accumulator(ABC):
 
     def _projections(self, gradients: Tensor | Outer, towards: Tensor) -> Projections:
         if isinstance(gradients, Outer):
-            parts = {of: gradients.columns(slice(*of)) for of in self.slices}
-            return {of: (part.along(towards[:, slice(*of)]), part.squared_norms()) for of, part in parts.items()}
+            return {of: gradients.columns(slice(*of)).projections(towards[:, slice(*of)]) for of in self.slices}
         along, squared = gradients * towards, gradients.square()
         return {of: (along[:, slice(*of)].sum(1), squared[:, slice(*of)].sum(1)) for of in self.slices}
 
@@ -164,9 +162,9 @@ class Dense(Accumulator):
 
     def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice], pilot: Pilot | None = None) -> None:
         super().__init__(like, shards, slices)
-        self.like = like.cotangents if isinstance(like, Outer) else like
-        self.first: list[Tensor] = [self.like.new_empty(0)] * shards
-        self.second = list(self.first)
+        values = like.cotangents if isinstance(like, Outer) else like
+        # At once, not as shards begin: they would lie scattered over a heap of passing things, and keep it from shrinking.
+        self.first, self.second = (list(values.new_empty(shards, *self.shape)) for _ in range(2))
         self.pilot = pilot
 
     def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
@@ -193,9 +191,11 @@ class Dense(Accumulator):
             second.add_(deviations.square().sum(0))
 
     def _places(self, shard: int) -> tuple[Tensor, Tensor]:
+        first, second = self.first[shard], self.second[shard]
         if self.count[shard] == 0:
-            self.first[shard], self.second[shard] = (self.like.new_zeros(self.shape) for _ in range(2))
-        return self.first[shard], self.second[shard]
+            first.zero_()
+            second.zero_()
+        return first, second
 
     def mean(self, upto: int) -> Tensor:
         mean = _total(self.first[:upto]).div_(self.count[:upto].sum())
@@ -217,8 +217,10 @@ class Paired(Dense):
     """
 
     def __init__(self, like: Outer, shards: int, slices: Iterable[Slice], centre: Outer | None = None) -> None:
-        super().__init__(like, shards, slices, None if centre is None else Pilot(centre.dense()[0]))
-        self.centre = centre
+        Accumulator.__init__(self, like, shards, slices)
+        self.first = [like.cotangents.new_empty(0)] * shards  # each takes the place of the first product made for it
+        self.second = list(self.first)
+        self.centre, self.pilot = centre, None if centre is None else Pilot(centre.dense()[0])
 
     def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
         return Accumulator._add(self, shard, gradients, towards, wanted)
@@ -229,8 +231,9 @@ class Paired(Dense):
         step = max(1, PAIRED // (deviations.rows * (deviations.rows + 1) // 2))
         for start in range(0, len(deviations), step):
             part = deviations[start : start + step]
+            fresh = self.count[shard] + start == 0
             for into, made in ((self.first, part.total()), (self.second, part.squared().total())):
-                into[shard] = into[shard].add_(made) if len(into[shard]) else made
+                into[shard] = made if fresh else into[shard].add_(made)
 
 
 class Shared(Accumulator):
@@ -243,7 +246,7 @@ class Shared(Accumulator):
         super().__init__(like, shards, slices)
         like = like.flat()
         n, out = like.cotangents.shape[1:]
-        self.inputs, self.pilot = like.inputs[0], like.cotangents.mean(0)  # [n, in], [n, out]
+        self.inputs, self.pilot = like.inputs[0], steady_mean(like.cotangents)  # [n, in], [n, out]
         self.first = like.cotangents.new_zeros(shards, n, out)
         self.second = like.cotangents.new_zeros(shards, out, n, n)
 
@@ -316,7 +319,7 @@ class Traces(Accumulator):
             *((total - f, sum(squares) - q, n - c) for f, q, c in zip(parts, squares, self.count, strict=True)),
         ):
             square = sum(float(torch.dot(part, part)) for part in without.split(TILE))
-            variance = max(0.0, second - square / left) / (left - 1)
+            variance = max(second - square / left, 0.0) / (left - 1)  # in this order, nan stays nan
             if variance * left < least * second:
                 raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")
             rows.append([square / left**2, variance, math.nan, math.nan, math.nan])
@@ -335,7 +338,7 @@ def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice],
     """
     if isinstance(beginning, Outer):
         if beginning.shared and beginning.rows <= SHARED_FEW:
-            deviations = Outer(beginning.inputs, beginning.cotangents - beginning.cotangents.mean(0))
+            deviations = Outer(beginning.inputs, beginning.cotangents - steady_mean(beginning.cotangents))
             if beginning.rows == 1 or _pairs_agree(deviations):
                 return Shared(beginning, shards, slices)
         elif traces:
@@ -351,7 +354,8 @@ def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice],
         add_one_by_one(beginning, first, second)
     else:
         first, second = beginning.sum(0), beginning.square().sum(0)
-    pilot = Pilot.where_needed(first / len(beginning), _cancelled(first, second, len(beginning)))
+    mean = (first / len(beginning)).nan_to_num_(0, 0, 0)
+    pilot = Pilot.where_needed(mean, _cancelled(first, second, len(beginning)))
     return Dense(beginning, shards, slices, pilot)
 
 
@@ -364,7 +368,12 @@ def minus(gradients: Outer, centre: Outer) -> Outer:
 
 def _centre(gradients: Outer) -> Outer:
     flat = gradients.flat()
-    return Outer(flat.inputs.mean(0, keepdim=True), flat.cotangents.mean(0, keepdim=True))
+    return Outer(steady_mean(flat.inputs)[None], steady_mean(flat.cotangents)[None])
+
+
+def steady_mean(values: Tensor) -> Tensor:
+    """The mean over replicates for a pilot: exact where all are the same, so that they stay without noise, and always a number."""
+    return torch.where((values == values[:1]).all(0), values[0], values.mean(0)).nan_to_num_(0, 0, 0)
 
 
 def _cancelled(first: Tensor, second: Tensor, n: int) -> Tensor:

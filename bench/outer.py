@@ -18,6 +18,8 @@ from torch import Tensor
 
 from gradiometer.bench.products import multiplier, product
 
+CANCELLED = 1e-2  # a sum smaller than this part of its terms has lost digits
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -96,17 +98,34 @@ class Outer:
         )
         return Outer(inputs, cotangents.mul_(twice(*pairs_of(self.rows, inputs.device)).to(inputs)))
 
-    def along(self, direction: Tensor) -> Tensor:
-        """Inner products with a direction ``[out, in]``, ``[r]``."""
+    def projections(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner products with a direction ``[out, in]`` and squared norms, each ``[r]``; no gradient is made."""
         onto = product(self.inputs.flatten(0, -2), direction).view(*self.inputs.shape[:-1], -1)
-        return (onto * self.cotangents).flatten(1).sum(1)
+        along, squared = (onto * self.cotangents).flatten(1).sum(1), self._squared_norms()
+        for r, gradient in self._again(squared):
+            along[r], squared[r] = (gradient * direction).sum(), gradient.square().sum()
+        return along, squared
 
     def squared_norms(self) -> Tensor:
-        """From the inner products of the rows, ``[r]``: no gradient is made."""
+        """Of each replicate's gradient, ``[r]``."""
+        squared = self._squared_norms()
+        for r, gradient in self._again(squared):
+            squared[r] = gradient.square().sum()
+        return squared
+
+    def _squared_norms(self) -> Tensor:
+        """From the inner products of the rows."""
         if self.rows == 1:
             return self.inputs.square().flatten(1).sum(1) * self.cotangents.square().flatten(1).sum(1)
         flat = self.flat()
         return (flat.inputs @ flat.inputs.mT * (flat.cotangents @ flat.cotangents.mT)).sum((1, 2))
+
+    def _again(self, squared: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The gradients of those replicates whose rows cancel, so that inner products of rows have lost digits."""
+        if self.rows > 1:
+            own = (self.inputs.square().sum(-1) * self.cotangents.square().sum(-1)).flatten(1).sum(1)
+            for r in (squared < CANCELLED * own).nonzero().flatten().tolist():
+                yield r, self[r : r + 1].dense()[0]
 
 
 def pairs_of(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

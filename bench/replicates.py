@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradiometer.bench.batched import Batch, dense, together
-from gradiometer.bench.gradients import Parameters, one
+from gradiometer.bench.gradients import Parameters, one, trainable
 from gradiometer.bench.moments import SHARDS
 from gradiometer.bench.outer import Outer
 from gradiometer.bench.tape import NotRows, Part, Pass
@@ -37,6 +38,14 @@ class Subject:
     x: Tensor
     state: State
     parameters: Parameters
+
+    def double(self) -> Subject:
+        """A copy in double precision."""
+        model = copy.deepcopy(getattr(self.model, "_model", self.model)).double()
+        state = copy.deepcopy(self.state)
+        for module in state.learned.values():
+            module.double()
+        return Subject(self.estimator, model, self.x.double(), state, trainable(model, state))
 
 
 @dataclass(frozen=True)
@@ -138,11 +147,13 @@ def _agreed(group: Sequence[Subject], seed: int, memory: int, chunk: int | None)
         try:
             batch = _batch(candidates)
             made = batch.draw(_probe(candidates[0], seed))
-        except NotRows as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (NotRows, RuntimeError) as error:  # a layer whose output is overwritten, say
             if len(candidates) > 1:  # each may still be batched by itself
                 alone = [plan for s in candidates for plan in _agreed([s], seed, memory, chunk)]
                 return alone + apart
-            return [*apart, looped(candidates[0], str(error))]
+            return [*apart, looped(candidates[0], str(error).splitlines()[0])]
         for position, subject in enumerate(candidates):
             if (difference := _difference(made, position, subject, seed)) is None:
                 rows.append(subject)
@@ -155,13 +166,16 @@ def _agreed(group: Sequence[Subject], seed: int, memory: int, chunk: int | None)
 
 
 def _difference(made: Pass, position: int, subject: Subject, seed: int) -> str | None:
-    """What tells the second replicate of a pass from the slow twin's, or None."""
+    """What tells the second replicate of a pass from the slow twin's, or None; in double precision, if it may be rounding."""
     single = _one(subject, Rng(seed, 1, "measure", subject.x.device)).gradients
     batched = dense(made, position, subject.parameters, slice(1, 2)).gradients
     for name, gradient in single.items():
         off = (batched[name][0] - gradient).abs().max()
         tolerance = 10 * math.sqrt(torch.finfo(gradient.dtype).eps)
         if not off <= tolerance * max(1e-6, float(gradient.abs().max())):
+            if gradient.dtype != torch.float64:
+                precise = subject.double()
+                return _difference(_batch([precise]).draw(_probe(precise, seed)), 0, precise, seed)
             return f"batched, its gradient of {name!r} differs by {float(off):.2g}"
     return None
 

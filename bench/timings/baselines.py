@@ -18,11 +18,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from gradiometer.bench import Problem
+from gradiometer.bench import Measurement, Problem
 from gradiometer.bench.models.vae import PRESETS, VAE
-from gradiometer.estimators import Rng
+from gradiometer.estimators import Estimator, Rng, parse
 
 FLOOR_ROWS = 8000  # rows of a batch of the floor
+SHORTEST = 0.25  # CPU seconds that are timed at a time
+TWELVE = (
+    "sgvb-a", "stl", "reinforce", "rloo", "iwae", "dreg",
+    "rws", "rws-dreg", "vimco", "vr:alpha=0.5", "ciwae:beta=0.5", "tvo",
+)  # fmt: skip
 HAS_BACKPACK = find_spec("backpack") is not None
 Moments = tuple[list[Tensor], list[Tensor]]
 """Sums over replicates of each parameter's gradient, and of its square."""
@@ -36,8 +41,13 @@ def problem(preset: str, batch: int) -> Problem:
     return Problem(model, torch.bernoulli(torch.full((batch, model.architecture.data), 0.3)))
 
 
+def named(word: str, K: int) -> Estimator:
+    """An estimator with so many particles."""
+    return parse(f"{word}{',' if ':' in word else ':'}K={K}")
+
+
 def medians(methods: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each method: one call of each that is not timed, since oneDNN compiles for new shapes, then rounds."""
+    """Median CPU seconds of each method; before the rounds, one call of each is not timed, since oneDNN compiles for new shapes."""
     for method in methods.values():
         method()
     taken = [{name: seconds(method) for name, method in methods.items()} for _ in range(rounds)]
@@ -45,10 +55,12 @@ def medians(methods: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def seconds(method: Callable[[], object]) -> float:
-    """CPU seconds of one call."""
-    began = time.process_time()
-    method()
-    return time.process_time() - began
+    """CPU seconds of one call; a short one is called again, for the mean."""
+    began, calls = time.process_time(), 0
+    while not calls or time.process_time() - began < SHORTEST:
+        method()
+        calls += 1
+    return (time.process_time() - began) / calls
 
 
 def log_weights(model: VAE, x: Tensor, particles: tuple[int, ...], noise: Tensor | None = None) -> Tensor:
@@ -109,3 +121,13 @@ def noise_of_measure(of: Problem, K: int, replicates: int) -> Tensor:
     """The noise that a measurement with seed 0 sees, ``[R, K, B, D]``."""
     zeros = torch.zeros(replicates, len(of.x), sum(of.model.units))
     return Rng(0, range(replicates)).sample(Independent(Normal(zeros, torch.ones_like(zeros)), 1), K).movedim(1, 0)
+
+
+def disagreement(measured: Measurement, moments: Moments) -> float:
+    """The largest difference of moments from those of a measurement with the same noise, relative to each parameter's largest."""
+    found, n = [], measured.replicates
+    for (name, _), first, second in zip(measured.problem.model.named_parameters(), *moments, strict=True):
+        mean, variance = torch.as_tensor(measured.mean[name]), torch.as_tensor(measured.variance[name])
+        for sums, ours in ((first, n * mean), (second, (n - 1) * variance + n * mean**2)):
+            found.append(float((sums - ours).abs().max() / ours.abs().max()))
+    return max(found)

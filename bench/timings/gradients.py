@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from gradiometer.bench import Measurement, Problem, cost, measure
-from gradiometer.bench.models.vae import PRESETS, VAE
+from gradiometer.bench import Measurement, cost, measure
+from gradiometer.bench.measurement import measure_all
+from gradiometer.bench.timings.baselines import TWELVE, floor, medians, named, problem
 from gradiometer.estimators import parse
 
 WORDS = ["sgvb-a", "stl", "rloo:K=8", "iwae:K=8", "dreg:K=8", "vimco:K=8", "nvi:K=4,levels=3"]
-
-
-def problem(preset: str, batch: int) -> Problem:
-    """A fresh VAE and a minibatch of coin flips, the same in every process."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = VAE(PRESETS[preset])
-    return Problem(model, torch.bernoulli(torch.full((batch, model.architecture.data), 0.3)))
+REPLICATES = 256
 
 
 class Measuring:
@@ -32,7 +26,7 @@ class Measuring:
 
     def run(self, word: str, engine: str) -> Measurement:
         """What is timed."""
-        return measure(self.problem, parse(word), replicates=256, engine=engine)
+        return measure(self.problem, parse(word), replicates=REPLICATES, engine=engine)
 
     def time_measure(self, word: str, engine: str) -> None:
         """Seconds of a measurement of 256 replicates."""
@@ -68,3 +62,46 @@ class Step:
         return cost(self.problem, parse(word), seconds=0.01)["peak_memory"].value
 
     track_seconds.unit, track_peak_memory.unit = "s", "MiB"  # type: ignore[attr-defined]
+
+
+class Ratios:
+    """A measurement against the floor; `ratios.py` prints this and more."""
+
+    params = ([(20, 1), (1, 8)],)
+    param_names = ("B, K",)
+    timeout = 300
+
+    def track_x_floor(self, sizes: tuple[int, int]) -> float:
+        """On the MNIST-sized VAE."""
+        B, K = sizes
+        of, estimator = problem("burda-1", B), named("iwae", K)
+        taken = medians(
+            {
+                "floor": partial(floor, of, K, 2 * REPLICATES),
+                "ours": partial(measure, of, estimator, replicates=2 * REPLICATES),
+            },
+            rounds=3,
+        )
+        return taken["ours"] / taken["floor"]
+
+    track_x_floor.unit = "x floor"  # type: ignore[attr-defined]
+
+
+class Company:
+    """Twelve estimators measured together against one of them alone."""
+
+    timeout = 300
+
+    def track_company(self) -> float:
+        """On the small VAE."""
+        of = problem("digits", 20)
+        taken = medians(
+            {
+                "one": partial(measure, of, named("iwae", 8), replicates=REPLICATES),
+                "twelve": partial(measure_all, of, [named(word, 8) for word in TWELVE], replicates=REPLICATES),
+            },
+            rounds=3,
+        )
+        return taken["twelve"] / taken["one"]
+
+    track_company.unit = "x one alone"  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import json
 import pickle
 import resource
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +24,13 @@ MIB = 2**20
 
 
 def peaks(problem: Problem, estimator: Estimator, replicates: int) -> dict[str, float]:
-    """The operating system goes first: following tensors leaves traces of its own."""
+    """By tensors, and by the process; the latter first, since following tensors takes memory of its own."""
     measure(problem, estimator, replicates=16)  # code is loaded and compiled, and nothing much is kept
     gc.collect()
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
     measure(problem, estimator, replicates=replicates)
     process = resident("VmHWM") - before
@@ -36,9 +39,9 @@ def peaks(problem: Problem, estimator: Estimator, replicates: int) -> dict[str, 
 
 
 def resident(field: str) -> int:
-    """Bytes of memory in use now (VmRSS) or at most (VmHWM); elsewhere than on Linux at most, whichever is asked.
+    """Bytes resident now (VmRSS), or the most so far (VmHWM); where Linux does not tell, the most so far.
 
-    Not `ru_maxrss` on Linux: a process inherits it from the one that started it.
+    Linux also has `ru_maxrss`, which a process inherits from the one that started it.
     """
     status = Path("/proc/self/status")
     if not status.exists():

@@ -1,8 +1,8 @@
 """Every ratio that the measurement engine is judged by: `python bench/timings/ratios.py` prints them in four tables.
 
 The methods of a table are timed in the same process, interleaved, in CPU seconds on one thread; medians over rounds, after one
-call of each that is not timed. A measurement is timed whole: set-up, chunks, projections, moments. "wanted" is what a change
-must keep, "aim" what would be better.
+call of each that is not timed. A measurement is timed whole: set-up, chunks, projections, moments. "at most" and "at least" are
+wanted of the ratio on their left; "aim" would be better.
 
 speed     a measurement, and one of squared norms alone (ghost), against the *floor*, a plain forward and backward pass of the
           same rows in big batches, and against the *loop* that a careful user writes: one replicate at a time, `autograd.grad`
@@ -10,7 +10,7 @@ speed     a measurement, and one of squared norms alone (ghost), against the *fl
 company   twelve estimators measured together against one of them alone, and against twelve loops. The loop is IWAE's, twelve
           times: loops by the estimators' own surrogates are slower, so this favours the loop.
 backpack  the one job that BackPACK does too: sums of gradients and of their squares where a replicate is a row. Beside them, a
-          measurement gives sixteen shards of both, projections, and so error bars.
+          measurement gives sixteen shards of both, projections, and so error bars. BackPACK takes the batch size best for it.
 memory    the most that a measurement holds above model and data, each in a process of its own.
 """
 
@@ -31,16 +31,26 @@ import torch
 from gradiometer.bench import measure
 from gradiometer.bench.machine import describe
 from gradiometer.bench.measurement import measure_all
-from gradiometer.bench.timings import baselines
-from gradiometer.bench.timings.baselines import by_backpack, extended, floor, loop, medians, noise_of_measure, problem
-from gradiometer.estimators import Estimator, parse
+from gradiometer.bench.timings.baselines import (
+    HAS_BACKPACK,
+    TWELVE,
+    by_backpack,
+    disagreement,
+    extended,
+    floor,
+    loop,
+    medians,
+    named,
+    noise_of_measure,
+    problem,
+)
+from gradiometer.estimators import parse
 
 PRESET = "burda-1"  # 784-200-200-50, tanh
-TWELVE = ("sgvb-a", "stl", "reinforce", "rloo", "iwae", "dreg", "rws", "rws-dreg", "vimco", "vr:alpha=0.5")
-TWELVE += ("ciwae:beta=0.5", "tvo")
-SPEED: dict[
-    tuple[int, int, int], tuple[float, ...]
-] = {  # B, K, R: x floor wanted, its aim, x faster than the loop wanted
+Sizes = tuple[int, int, int]
+"""B, K, R."""
+# x floor wanted, x floor aimed at, x faster than the loop wanted
+SPEED: dict[Sizes, tuple[float, float, float]] = {
     (1, 1, 1000): (1.3, 1.1, 45),
     (1, 8, 1000): (1.7, 1.2, 8),
     (20, 1, 1000): (1.1, 0.9, 3.8),
@@ -48,15 +58,14 @@ SPEED: dict[
     (100, 1, 100): (1.0, 0.8, 1.6),
     (20, 64, 1000): (1.15, 1.0, 0.95),
 }
-COMPANY: dict[
-    tuple[int, int, int], tuple[float | None, ...]
-] = {  # B, K, R: x one alone wanted, x fewer than loops wanted
+# x one alone wanted, x fewer than twelve loops wanted
+COMPANY: dict[Sizes, tuple[float | None, float]] = {
     (20, 8, 1000): (3, 4),
     (1, 64, 1000): (2.5, 8),
     (1, 8, 1000): (None, 10),
 }
-BACKPACK, BATCHES = 1000, (250, 500, 1000)  # replicates, and how many of them BackPACK takes at a time
-AGREED = 1e-4  # relative difference of its second moments and ours
+BACKPACK, BATCHES = (1000, 4000), (250, 500, 1000)  # replicates, and how many of them BackPACK takes at a time
+AGREED = 1e-4  # relative difference of its moments and ours
 MEMORY, MIB_WANTED = (400, 1000, 4000, 10000), 120  # replicates, at B = 20 and K = 1
 
 Columns = Mapping[str, str]
@@ -64,17 +73,12 @@ Columns = Mapping[str, str]
 Row = dict[str, Any]
 
 
-def named(word: str, K: int) -> Estimator:
-    """An estimator with so many particles."""
-    return parse(f"{word}{',' if ':' in word else ':'}K={K}")
-
-
 def speed(word: str, rounds: int) -> list[Row]:
     """A measurement against the floor and the loop."""
     shown = begin(
         f"speed: {word}",
-        {"B": "d", "K": "d", "R": "d", "floor s": ".3f", "ours x floor": ".2f", "wanted <=": "g", "aim": "g"}
-        | {"loop x ours": ".2f", "wanted >=": "g", "loop x floor": ".2f", "ghost x floor": ".2f"},
+        {"B": "d", "K": "d", "R": "d", "floor s": ".3f", "ours/floor": ".2f", "at most": "g", "aim": "g"}
+        | {"loop/ours": ".2f", "at least": "g", "loop/floor": ".2f", "ghost/floor": ".2f"},
         rounds,
     )
     rows = []
@@ -89,9 +93,10 @@ def speed(word: str, rounds: int) -> list[Row]:
             },
             rounds,
         )
-        row = {"B": B, "K": K, "R": R, "floor s": taken["floor"], "wanted <=": slower, "aim": aim, "wanted >=": faster}
-        row |= {f"{name} x floor": taken[name] / taken["floor"] for name in ("ours", "loop", "ghost")}
-        rows.append(line(shown, row | {"loop x ours": taken["loop"] / taken["ours"], "seconds": taken}))
+        row: Row = {"B": B, "K": K, "R": R, "at most": slower, "aim": aim, "at least": faster, "seconds": taken}
+        row |= {"floor s": taken["floor"], "loop/ours": taken["loop"] / taken["ours"]}
+        row |= {f"{name}/floor": taken[name] / taken["floor"] for name in ("ours", "loop", "ghost")}
+        rows.append(line(shown, row))
     return rows
 
 
@@ -100,7 +105,7 @@ def company(word: str, rounds: int) -> list[Row]:
     shown = begin(
         "company: twelve estimators in one pass against iwae alone, and against iwae's loop twelve times",
         {"B": "d", "K": "d", "R": "d", "one s": ".3f", "twelve s": ".3f", "12 loops s": ".3f"}
-        | {"x one": ".2f", "wanted <=": "g", "loops x ours": ".2f", "wanted >=": "g"},
+        | {"twelve/one": ".2f", "at most": "g", "loops/twelve": ".2f", "at least": "g"},
         rounds,
     )
     rows = []
@@ -115,60 +120,55 @@ def company(word: str, rounds: int) -> list[Row]:
             rounds,
         )
         loops = len(TWELVE) * taken["loop"]
-        row = {"B": B, "K": K, "R": R, "one s": taken["one"], "twelve s": taken["twelve"], "12 loops s": loops}
-        row |= {"x one": taken["twelve"] / taken["one"], "loops x ours": loops / taken["twelve"], "seconds": taken}
-        rows.append(line(shown, row | {"wanted <=": slower, "wanted >=": faster}))
+        row: Row = {"B": B, "K": K, "R": R, "one s": taken["one"], "twelve s": taken["twelve"], "12 loops s": loops}
+        row |= {"twelve/one": taken["twelve"] / taken["one"], "loops/twelve": loops / taken["twelve"]}
+        rows.append(line(shown, row | {"at most": slower, "at least": faster, "seconds": taken}))
     return rows
 
 
 def backpack(word: str, rounds: int) -> list[Row]:
     """A measurement against BackPACK, in the batch size that is best for it."""
     columns = {"B": "d", "K": "d", "R": "d", "ours s": ".4f", "BackPACK s": ".4f", "its batch": "d"}
-    columns |= {"ours x BackPACK": ".2f", "wanted <=": "g", "moments differ by": ".1e"}
+    columns |= {"ours/BackPACK": ".2f", "at most": "g", "moments off by": ".1e"}
     shown = begin("backpack: iwae, moments without shards, projections and error bars", columns, rounds)
-    if not baselines.HAS_BACKPACK:
+    if not HAS_BACKPACK:
         click.echo("left out: BackPACK is not installed (pip install backpack-for-pytorch)")
         return []
+    return [line(shown, against_backpack(R, rounds)) for R in BACKPACK]
+
+
+def against_backpack(R: int, rounds: int) -> Row:
+    """One line of the table, if the moments agree."""
     of, estimator = problem(PRESET, 1), named("iwae", 1)
-    its = extended(of)
-    difference = disagreement(of, estimator, by_backpack(its, BACKPACK, BATCHES[0], noise_of_measure(of, 1, BACKPACK)))
+    its, measured = extended(of), measure(of, estimator, replicates=R)
+    difference = disagreement(measured, by_backpack(its, R, BATCHES[0], noise_of_measure(of, 1, R)))
     if not difference < AGREED:
-        raise click.ClickException(f"BackPACK's second moments differ from a measurement's by {difference:.1e}")
-    methods = {f"BackPACK {each}": partial(by_backpack, its, BACKPACK, each) for each in BATCHES}
-    taken = medians(methods | {"ours": partial(measure, of, estimator, replicates=BACKPACK)}, rounds)
+        raise click.ClickException(f"BackPACK's moments differ from a measurement's by {difference:.1e}")
+    methods = {f"BackPACK {each}": partial(by_backpack, its, R, each) for each in BATCHES}
+    taken = medians(methods | {"ours": partial(measure, of, estimator, replicates=R)}, rounds)
     each = min(BATCHES, key=lambda each: taken[f"BackPACK {each}"])
     best = taken[f"BackPACK {each}"]
-    row = {"B": 1, "K": 1, "R": BACKPACK, "ours s": taken["ours"], "BackPACK s": best, "its batch": each}
-    row |= {"ours x BackPACK": taken["ours"] / best, "wanted <=": 1, "moments differ by": difference}
-    return [line(shown, row | {"seconds": taken})]
+    row: Row = {"B": 1, "K": 1, "R": R, "ours s": taken["ours"], "BackPACK s": best, "its batch": each}
+    row |= {"ours/BackPACK": taken["ours"] / best, "at most": 1, "moments off by": difference}
+    return row | {"seconds": taken}
 
 
 def memory(word: str, rounds: int) -> list[Row]:
     """The most that a measurement holds, by the number of replicates."""
     columns = {"B": "d", "K": "d", "R": "d", "tensors MiB": ".1f", "x first": ".2f", "process MiB": ".1f"}
-    shown = begin(f"memory: {word}, above model and data", columns | {"wanted <=": "g"}, 1)
+    shown = begin(f"memory: {word}, above model and data", columns | {"at most": "g"}, 1)
     rows: list[Row] = []
     for R in MEMORY:
         asked = pickle.dumps((problem(PRESET, 20), named(word, 1), R))
         command = [sys.executable, str(Path(__file__).with_name("memory.py"))]
         held = json.loads(subprocess.run(command, input=asked, stdout=subprocess.PIPE, check=True).stdout)
         first = rows[0]["tensors MiB"] if rows else held["tensors MiB"]
-        row = {"B": 20, "K": 1, "R": R, **held, "x first": held["tensors MiB"] / first, "wanted <=": MIB_WANTED}
+        row: Row = {"B": 20, "K": 1, "R": R, **held, "x first": held["tensors MiB"] / first, "at most": MIB_WANTED}
         rows.append(line(shown, row))
     return rows
 
 
 PARTS = {"speed": speed, "company": company, "backpack": backpack, "memory": memory}
-
-
-def disagreement(of: baselines.Problem, estimator: Estimator, moments: baselines.Moments) -> float:
-    """The largest difference of second moments from a measurement's on the same noise, relative to each parameter's largest."""
-    measured = measure(of, estimator, replicates=BACKPACK)
-    found, n = [], measured.replicates
-    for (name, _), second in zip(of.model.named_parameters(), moments[1], strict=True):
-        ours = torch.as_tensor((n - 1) * measured.variance[name] + n * measured.mean[name] ** 2)
-        found.append(float((second - ours).abs().max() / ours.max()))
-    return max(found)
 
 
 def begin(title: str, columns: Columns, rounds: int) -> Columns:
@@ -191,6 +191,15 @@ def width(heading: str) -> int:
     return max(len(heading) + 2, 6)
 
 
+def known(context: click.Context, option: click.Parameter, word: str) -> str:
+    """An estimator's name."""
+    try:
+        parse(word)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return word
+
+
 def parts(context: click.Context, option: click.Parameter, words: str) -> Sequence[str]:
     """The names of parts, separated by commas."""
     asked = [word.strip() for word in words.split(",")]
@@ -202,7 +211,9 @@ def parts(context: click.Context, option: click.Parameter, words: str) -> Sequen
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Of which medians are taken.")
-@click.option("--estimator", "word", default="iwae", show_default=True, help="Measured for speed and memory.")
+@click.option(
+    "--estimator", "word", default="iwae", show_default=True, callback=known, help="Measured for speed and memory."
+)
 @click.option("--only", default=",".join(PARTS), show_default=True, callback=parts, help="The parts to print.")
 @click.option("--json", "kept", type=click.Path(path_type=Path), metavar="FILE", help="Also write the medians here.")
 def main(rounds: int, word: str, only: Sequence[str], kept: Path | None) -> None:
