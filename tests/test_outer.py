@@ -1,105 +1,199 @@
-"""Moments from factors against the gradients multiplied out, in float64."""
+"""Gradients kept as factors against the gradients multiplied out, in float64."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from gradiometer.bench.moments import Accumulator
-from gradiometer.bench.outer import Outer
+from gradiometer.bench.outer import Outer, pairs_of, twice
 
-SIZES = [(1, 7, 5), (1, 30, 40), (3, 7, 5), (8, 30, 40), (64, 6, 5)]  # rows, inputs, outputs
-
-
-def factors(rows: int, wide: int, tall: int, replicates: int = 50, dtype: torch.dtype = torch.float64) -> Outer:
-    generator = torch.Generator().manual_seed(rows + wide)
-    inputs = torch.randn(replicates, rows, wide, generator=generator, dtype=torch.float64)
-    cotangents = torch.randn(replicates, rows, tall, generator=generator, dtype=torch.float64) + 0.3
-    return Outer(inputs.to(dtype), cotangents.to(dtype))
+R, WIDE, TALL = 10, 7, 5
 
 
-def multiplied_out(g: Outer) -> torch.Tensor:
-    return torch.einsum("rno,rni->roi", g.cotangents.double(), g.inputs.double())
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_deviations_and_projections(size):
-    g = factors(*size)
-    dense = multiplied_out(g)
-    pilot, direction = dense[:16].mean(0) + 0.1, torch.randn(dense.shape[1:], dtype=torch.float64)
-    first, second = g.deviations(pilot)
-    along, squared = g.projections(direction)
-    torch.testing.assert_close(first, (dense - pilot).sum(0), rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(second, ((dense - pilot) ** 2).sum(0), rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(along, (dense * direction).sum((1, 2)), rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(squared, dense.square().sum((1, 2)), rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(g.dense(), dense, rtol=1e-12, atol=1e-12)
+def on_one_axis(rows: int, replicates: int = R) -> Outer:
+    return Outer(normal(replicates, rows, WIDE), normal(replicates, rows, TALL, seed=1) + 0.3)
 
 
-def test_two_calls_of_a_layer_add_up():
-    g, h = factors(2, 7, 5), factors(3, 7, 5)
-    torch.testing.assert_close((g + h).dense(), multiplied_out(g) + multiplied_out(h))
+def particles_first(weighted: bool) -> Outer:
+    """As the engine has them, ``[R, K, B, L, features]``: replicates lie inside particles, and inputs may have been weighted."""
+    inputs, cotangents = (normal(3, R, 2, 2, width, seed=width).movedim(1, 0) for width in (WIDE, TALL))
+    return Outer(inputs.contiguous() if weighted else inputs, cotangents)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_a_mean_ten_thousand_times_the_noise_keeps_its_variance_in_float32(rows):
-    generator = torch.Generator().manual_seed(0)
-    replicates, wide, tall = 4096, 6, 5
-    inputs = torch.ones(replicates, rows, wide) / rows
-    noise = 1e-4 * torch.randn(replicates, rows, tall, generator=generator)
-    noise[..., 2:] *= 1e4  # other output units are as noisy as their mean
-    g = Outer(inputs, 1 + noise)
-    accumulator = Accumulator(torch.Size((tall, wide)), 1, torch.float32, torch.device("cpu"))
-    for start in range(0, replicates, 256):
-        accumulator.fold(0, g[start : start + 256])
-    found = accumulator.moments().pooled
-    dense = multiplied_out(g).flatten(1)
-    torch.testing.assert_close(torch.from_numpy(found.variance).flatten(), dense.var(0), rtol=2e-3, atol=0)
-    torch.testing.assert_close(torch.from_numpy(found.mean).flatten(), dense.mean(0), rtol=1e-6, atol=0)
-    naive = g.inputs.square().mean((0, 1)) * 0 + (g.dense() ** 2).mean(0) - g.dense().mean(0) ** 2
-    assert (naive[:2].flatten().double() / dense.var(0)[:12] - 1).abs().max() > 0.5  # what the pilot is for
+def gapped() -> Outer:
+    """Views with gaps in every axis."""
+    return Outer(normal(2 * R, 3, 4, 2 * WIDE)[::2, :, ::2, ::2], normal(R, 3, 2 * TALL, 2, seed=1).mT[..., ::2])
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("mutation", ["noise", "scale", "dropped"])
-def test_a_planted_mutation_is_seen(rows, mutation):
-    g = factors(rows, 7, 5)
-    dense = multiplied_out(g)
-    pilot = dense.mean(0)
+KINDS: dict[str, Callable[[], Outer]] = {
+    **{f"{rows} rows": lambda rows=rows: on_one_axis(rows) for rows in (1, 2, 3, 8, 40)},
+    "particles, data, places": lambda: particles_first(weighted=True),
+    "particles, data, places in views": lambda: particles_first(weighted=False),
+    "one particle, one datum": lambda: Outer(*(normal(1, R, 1, width).movedim(1, 0) for width in (WIDE, TALL))),
+    "views with gaps": gapped,
+    "one replicate": lambda: on_one_axis(3, replicates=1),
+    "one input": lambda: on_one_axis(4).columns(slice(2, 3)),
+    "some inputs": lambda: particles_first(weighted=True).columns(slice(1, 6)),
+    **{f"shared, {n} rows": lambda n=n: Outer(normal(1, n, WIDE), normal(R, n, TALL, seed=1)) for n in (1, 4, 20)},
+    "shared, data and places": lambda: Outer(normal(1, 3, 4, WIDE)[:, :, ::2], normal(R, 3, 2, TALL, seed=1)),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def multiplied_out(g: Outer) -> Tensor:
+    """``[r, out, in]`` in float64, row by row."""
+    a, d = (t.double().reshape(len(t), -1, t.shape[-1]) for t in (g.inputs, g.cotangents))
+    made = torch.zeros(len(d), d.shape[-1], a.shape[-1], dtype=torch.float64)
+    for n in range(a.shape[1]):
+        made += d[:, n, :, None] * a[:, n, None, :]
+    return made
+
+
+def one_by_one(g: Outer, units: slice = slice(None)) -> Tensor:
+    return torch.stack([gradient.clone() for gradient in g.each(units)])
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> bool:
+    """Equal to rounding, relative to the largest element."""
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+def wrong(g: Outer, dense: Tensor, tolerance: float = 1e-12) -> set[str]:
+    """What factors say of gradients that is not so."""
+    direction = normal(*dense.shape[1:], seed=9)
+    along, squared = g.projections(direction.to(g.inputs))
+    said = {
+        "dense": (g.dense(), dense),
+        "each": (one_by_one(g), dense),
+        "total": (g.total(), dense.sum(0)),
+        "squared": (g.squared().total(), dense.square().sum(0)),
+        "along": (along, (dense * direction).sum((1, 2))),
+        "norms": (squared, dense.square().sum((1, 2))),
+        "norms alone": (g.squared_norms(), dense.square().sum((1, 2))),
+    }
+    return {name for name, (found, wanted) in said.items() if not close(found, wanted, tolerance)}
+
+
+@kinds
+def test_the_cases_are_what_they_are_named_for(kind: str) -> None:
+    g = KINDS[kind]()
+    assert len(g) == (1 if kind == "one replicate" else R)
+    assert g.shared == kind.startswith("shared")
+    assert g.shape == multiplied_out(g).shape[1:]
+    assert g.rows == g.cotangents[0].numel() // g.shape[0]
+    if "views" in kind:
+        assert not g.cotangents.is_contiguous()
+        assert not g.inputs.is_contiguous()
+
+
+@kinds
+def test_factors_say_of_gradients_what_is_so(kind: str) -> None:
+    g = KINDS[kind]()
+    assert not wrong(g, multiplied_out(g))
+    assert not wrong(g.flat(), multiplied_out(g))
+    assert close(g.squared().dense(), multiplied_out(g).square())
+    assert g.squared().rows == g.rows * (g.rows + 1) // 2
+
+
+SEEN = {
+    "an input": {"dense", "each", "total", "squared", "along", "norms", "norms alone"},
+    "a scaled output": {"dense", "each", "total", "squared", "along", "norms", "norms alone"},
+    "a replicate less": {"dense", "each", "total", "squared", "along", "norms", "norms alone"},
+    "two replicates exchanged": {"dense", "each", "along", "norms", "norms alone"},
+}
+
+
+@pytest.mark.parametrize("kind", ["1 rows", "3 rows", "particles, data, places in views", "shared, 4 rows"])
+@pytest.mark.parametrize("mistake", SEEN)
+def test_a_planted_mistake_is_seen(kind: str, mistake: str) -> None:
+    g = KINDS[kind]()
     inputs, cotangents = g.inputs.clone(), g.cotangents.clone()
-    if mutation == "noise":
-        inputs[17, 0, 3] += 1e-3
-    elif mutation == "scale":
-        cotangents *= 1 + 1e-6
-    else:
-        inputs, cotangents = inputs[:-1], cotangents[:-1]
-    _, second = Outer(inputs, cotangents).deviations(pilot)
-    assert not torch.allclose(second, ((dense - pilot) ** 2).sum(0), rtol=1e-10, atol=1e-11)
+    if mistake == "an input":
+        inputs[-1, ..., 3] += 1e-6
+    elif mistake == "a scaled output":
+        cotangents[..., 2] *= 1 + 1e-6
+    elif mistake == "a replicate less":
+        inputs, cotangents = (t if len(t) == 1 else t[:-1] for t in (inputs, cotangents))
+    elif mistake == "two replicates exchanged":
+        order = [1, 0, *range(2, R)]
+        inputs, cotangents = (t if len(t) == 1 else t[order] for t in (inputs, cotangents))
+    assert wrong(Outer(inputs, cotangents), multiplied_out(g)) == SEEN[mistake]
 
 
-@pytest.mark.parametrize("size", [(1, 7, 5), (4, 30, 40), (20, 8, 5)])
-def test_inputs_shared_by_all_replicates(size):
-    rows, wide, tall = size
-    alone, shared = factors(rows, wide, tall), factors(rows, wide, tall)
-    shared = Outer(shared.inputs[:1], shared.cotangents)
-    alone = Outer(shared.inputs.repeat(len(alone), 1, 1), alone.cotangents)
-    dense = multiplied_out(alone)
-    pilot, direction = dense[:16].mean(0) + 0.1, torch.randn(dense.shape[1:], dtype=torch.float64)
-    for found, wanted in (
-        (shared.dense(), dense),
-        ((shared + shared).dense(), 2 * dense),
-        (shared[3:9].dense(), dense[3:9]),
-        (torch.stack(shared.deviations(pilot)), torch.stack([(dense - pilot).sum(0), ((dense - pilot) ** 2).sum(0)])),
-        (shared.projections(direction)[0], (dense * direction).sum((1, 2))),
-        (shared.projections(direction)[1], dense.square().sum((1, 2))),
-    ):
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+@kinds
+def test_some_outputs_one_gradient_after_the_other(kind: str) -> None:
+    g = KINDS[kind]()
+    dense = multiplied_out(g)
+    for units in (slice(0, 2), slice(2, 5), slice(4, 9)):
+        assert close(one_by_one(g, units), dense[:, units])
+    assert not close(one_by_one(g, slice(0, 2)), dense[:, 1:3])
 
 
-def test_shared_inputs_whose_contributions_cancel_keep_their_variance_in_float32():
-    generator = torch.Generator().manual_seed(0)
-    base, noise = torch.randn(1, 6, 30, generator=generator), torch.randn(512, 3, 4, generator=generator)
-    inputs = base.clone()
-    inputs[:, 3:] = base[:, :3] + 1e-4 * base[:, 3:]  # rows in pairs, nearly equal, with opposite gradients
-    g = Outer(inputs, torch.cat([noise, -noise], 1))
-    pilot = torch.zeros(4, 30)
-    _, second = g.deviations(pilot)
-    torch.testing.assert_close(second.double(), multiplied_out(g).square().sum(0), rtol=2e-2, atol=0)
+@kinds
+def test_some_replicates(kind: str) -> None:
+    g = KINDS[kind]()
+    for replicates in (slice(0, 1), slice(3, 8), slice(0, 100), slice(5, None, 2)):
+        if len(dense := multiplied_out(g)[replicates]):
+            assert not wrong(g[replicates], dense)
+    assert list(g[:0].each()) == []
+
+
+@kinds
+def test_some_inputs(kind: str) -> None:
+    g = KINDS[kind]()
+    for columns in (slice(0, 1), slice(2, 6), slice(None), slice(None, 4)):
+        if (dense := multiplied_out(g)[..., columns]).numel():
+            assert not wrong(g.columns(columns), dense)
+
+
+@pytest.mark.parametrize(
+    "one", [kind for kind in KINDS if KINDS[kind]().shape == (TALL, WIDE) and "replicate" not in kind]
+)
+@pytest.mark.parametrize("other", ["3 rows", "particles, data, places in views", "shared, 4 rows"])
+def test_calls_of_a_layer_add_up(one: str, other: str) -> None:
+    g, h = KINDS[one](), KINDS[other]()
+    assert not wrong(g + h, multiplied_out(g) + multiplied_out(h))
+    assert wrong(g + h, multiplied_out(g) + 1.001 * multiplied_out(h))
+    assert (g + h).rows == g.rows + h.rows
+
+
+def test_estimators_stand_side_by_side() -> None:
+    g = particles_first(weighted=False)
+    weights = [normal(*g.inputs.shape[:-1], 1, seed=seed) for seed in (4, 5)]
+    both = Outer(torch.cat([g.inputs * w for w in weights], -1), g.cotangents)
+    own = [multiplied_out(Outer(g.inputs * w, g.cotangents)) for w in weights]
+    assert not wrong(both, torch.cat(own, -1))
+    assert not wrong(both.columns(slice(0, WIDE)), own[0])
+    assert not wrong(both.columns(slice(WIDE, 2 * WIDE)), own[1])
+
+
+def test_every_pair_of_rows_stands_in_a_square_as_often_as_it_should() -> None:
+    n, m = pairs_of(4, torch.device("cpu"))
+    counted = torch.zeros(4, 4).index_put_((n, m), twice(n, m)[:, 0], accumulate=True)
+    assert torch.equal(counted + counted.T, torch.full((4, 4), 2.0))
+
+
+def single(g: Outer) -> Outer:
+    return Outer(g.inputs.float(), g.cotangents.float())
+
+
+@kinds
+def test_single_precision_costs_rounding_only(kind: str) -> None:
+    g = single(KINDS[kind]())
+    assert not wrong(g, multiplied_out(g), 3e-6)
+    assert wrong(g, multiplied_out(KINDS[kind]()) * (1 + 1e-5), 3e-6)
+
+
+@pytest.mark.parametrize("rows", [(4, 2), (8, 8)])  # from 64 rows on, one gradient is a large product too
+@pytest.mark.parametrize("shared", [False, True])
+def test_products_large_enough_for_the_other_library(rows: tuple[int, int], shared: bool) -> None:
+    inputs, cotangents = normal(1 if shared else 12, *rows, 150), normal(12, *rows, 120, seed=1)
+    g = single(Outer(inputs, cotangents))
+    assert not wrong(g, multiplied_out(g), 5e-6)
+    assert not wrong(g.columns(slice(20, 149)), multiplied_out(g)[..., 20:149], 5e-6)
+    assert close(one_by_one(g, slice(7, 119)).double(), multiplied_out(g)[:, 7:119], 5e-6)
