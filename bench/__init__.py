@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from gradiometer.bench.errors import RequestError as RequestError
     from gradiometer.bench.measurement import Measurement as Measurement
     from gradiometer.bench.measurement import measure as measure
+    from gradiometer.bench.measurement import measure_all as measure_all
     from gradiometer.bench.models.protocol import LatentVariableModel as LatentVariableModel
     from gradiometer.bench.named import named_problem as named_problem
     from gradiometer.bench.problems import Problem as Problem
@@ -26,6 +27,7 @@ _HOMES = {  # public name -> the module it lives in
     "RequestError": "errors",
     "cost": "costs",
     "measure": "measurement",
+    "measure_all": "measurement",
     "named_problem": "named",
 }
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from gradiometer.bench.batched import together
 from gradiometer.bench.costs import cost
 from gradiometer.bench.machine import processor
-from gradiometer.bench.measurement import Engine, measure_all, row_of
+from gradiometer.bench.measured import row_of
+from gradiometer.bench.measurement import Engine, measure_all
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.named import digest, fresh, held_out_of, named_problem
 from gradiometer.bench.problems import Problem, reason_to_skip
@@ -35,9 +36,10 @@ from gradiometer.estimators.weights import log_mean_exp
 # What can change a number: these modules, the estimator's own and what its words name. Comments do not count.
 FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
 HARNESS = (
-    "bench.gradients", "bench.products", "bench.outer", "bench.calls", "bench.tape", "bench.batched", "bench.folding",
-    "bench.replicates", "bench.moments", "bench.measurement", "bench.training", "bench.costs", "bench.statistics",
-    "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys", "bench.models.protocol",
+    "bench.gradients", "bench.products", "bench.outer", "bench.calls", "bench.tape", "bench.batched", "bench.moments",
+    "bench.accumulators", "bench.folding", "bench.replicates", "bench.measured", "bench.measurement", "bench.training",
+    "bench.costs", "bench.statistics", "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae",
+    "bench.models.toys", "bench.models.protocol",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EVALUATION_PARTICLES = 64

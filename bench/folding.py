@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradiometer.bench.accumulators import Accumulator, Projections, accumulator
 from gradiometer.bench.gradients import Parameters
-from gradiometer.bench.moments import Accumulator, Array, Moments, Projections, accumulator, shards, zero
+from gradiometer.bench.moments import Array, Moments, shards, zero
 from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import BLOCK

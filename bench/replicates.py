@@ -21,6 +21,7 @@ from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
 
 Engine = Literal["rows", "loop", "ghost"]
+Asked = Engine | Literal["auto"]
 CHUNK = {
     "cpu": 2**25
 }  # bytes of a batch: more of them leave the processor's cache, fewer cost more in calls than in work
@@ -73,13 +74,14 @@ class Plan:
         return [replace(self, subjects=(s,), batch=_batch([s])) for s in self.subjects]
 
 
-def plans(
-    subjects: Sequence[Subject], engine: Engine | Literal["auto"], seed: int, memory: int, chunk: int | None
-) -> list[Plan]:
+def plans(subjects: Sequence[Subject], engine: Asked, seed: int, memory: int, chunk: int | None) -> list[Plan]:
     """Passes that serve all estimators, those given by weights of as many particles together.
 
-    "auto" batches replicates only after each estimator's were seen to equal the slow twin's; what cannot be batched is looped,
-    with one warning that says why.
+    Replicates are batched only after each estimator's were seen to equal the slow twin's; what cannot be batched is looped, with
+    one warning that says why.
+
+    Raises:
+        NotRows: it cannot be batched, and another engine than "auto" was asked for.
     """
     found: list[Plan] = []
     waiting = list(subjects)
@@ -87,13 +89,7 @@ def plans(
         first = waiting[0]
         group = [s for s in waiting if together([first.estimator, s.estimator])] or waiting[:1]
         waiting = [s for s in waiting if s not in group]
-        if engine == "loop":
-            found += [looped(s) for s in group]
-        elif engine == "auto":
-            found += _agreed(group, seed, memory, chunk)
-        else:
-            batch = _batch(group)
-            found += _batched(group, batch, batch.draw(_probe(first, seed)), engine, memory, chunk)
+        found += [looped(s) for s in group] if engine == "loop" else _agreed(group, engine, seed, memory, chunk)
     return found
 
 
@@ -139,9 +135,18 @@ def chunk_size(wanted: int) -> int:
     return wanted // BLOCK * BLOCK if wanted >= BLOCK else 2 ** wanted.bit_length() // 2
 
 
-def _agreed(group: Sequence[Subject], seed: int, memory: int, chunk: int | None) -> list[Plan]:
+def _agreed(group: Sequence[Subject], engine: Asked, seed: int, memory: int, chunk: int | None) -> list[Plan]:
+    """Passes of those estimators whose replicates equal the slow twin's, and loops of the others."""
+    chosen: Engine = "rows" if engine == "auto" else engine
+
+    def alone(subject: Subject, reason: str) -> Plan:
+        if engine != "auto":
+            said = reason or "it says that its replicates are not rows"
+            raise NotRows(f"{subject.estimator} cannot be measured in batches: {said}")
+        return looped(subject, reason)
+
     candidates = [s for s in group if s.estimator.facts.replicates_as_rows and not s.estimator.facts.couples_data]
-    apart = [looped(s) for s in group if s not in candidates]
+    apart = [alone(s, "") for s in group if s not in candidates]
     rows: list[Subject] = []
     if candidates:
         try:
@@ -151,18 +156,17 @@ def _agreed(group: Sequence[Subject], seed: int, memory: int, chunk: int | None)
             raise
         except (NotRows, RuntimeError) as error:  # a layer whose output is overwritten, say
             if len(candidates) > 1:  # each may still be batched by itself
-                alone = [plan for s in candidates for plan in _agreed([s], seed, memory, chunk)]
-                return alone + apart
-            return [*apart, looped(candidates[0], str(error).splitlines()[0])]
+                return apart + [plan for s in candidates for plan in _agreed([s], engine, seed, memory, chunk)]
+            return [*apart, alone(candidates[0], str(error).splitlines()[0])]
         for position, subject in enumerate(candidates):
             if (difference := _difference(made, position, subject, seed)) is None:
                 rows.append(subject)
             else:
-                apart.append(looped(subject, difference))
+                apart.append(alone(subject, difference))
     if rows and len(rows) < len(candidates):
         batch = _batch(rows)
         made = batch.draw(_probe(rows[0], seed))
-    return (_batched(rows, batch, made, "rows", memory, chunk) if rows else []) + apart
+    return (_batched(rows, batch, made, chosen, memory, chunk) if rows else []) + apart
 
 
 def _difference(made: Pass, position: int, subject: Subject, seed: int) -> str | None:

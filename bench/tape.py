@@ -26,7 +26,7 @@ Owners = Sequence[Sequence[int]]
 """For each column of a gradient, the estimators it belongs to."""
 
 
-class NotRows(Exception):
+class NotRows(ValueError):
     """Replicates cannot be rows of one batch here; the message names the layer or parameter."""
 
 

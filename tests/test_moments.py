@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradiometer.bench import moments
-from gradiometer.bench.moments import Accumulator, Cancelled, Dense, Moments, Paired, Pilot, Shared, Traces, accumulator
+from gradiometer.bench import accumulators
+from gradiometer.bench.accumulators import Accumulator, Cancelled, Dense, Paired, Pilot, Shared, Traces, accumulator
+from gradiometer.bench.moments import Moments
 from gradiometer.bench.outer import Outer
 
 WIDE, TALL = 6, 5
@@ -158,7 +159,7 @@ def wrong(sums: Accumulator, g: Block, tolerance: float, parts: Parts = PARTS) -
 @kinds
 def test_moments_are_those_of_the_replicates(kind: str, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("TILE", 4), ("LARGE", 8), ("PAIRED", 7)) if tiny else ():  # so that everything is made in parts
-        monkeypatch.setattr(moments, name, size)
+        monkeypatch.setattr(accumulators, name, size)
     replicates, make = KINDS[kind]
     g = replicates()
     for cut in (1, 3, 16, 40):

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from gradiometer.bench import metrics
+from gradiometer.bench.accumulators import accumulator
 from gradiometer.bench.measurement import measure
 from gradiometer.bench.metrics import (
     METRICS,
@@ -21,7 +22,7 @@ from gradiometer.bench.metrics import (
     variance,
 )
 from gradiometer.bench.models.toys import FunctionToy, GaussianToy
-from gradiometer.bench.moments import Moments, accumulator, shards
+from gradiometer.bench.moments import Moments, shards
 from gradiometer.bench.problems import Problem
 from gradiometer.bench.statistics import Value, exact, jackknife, ratio, student
 from gradiometer.estimators.registry import parse

@@ -1,0 +1,372 @@
+"""Accumulators: each folds the gradients of one block of parameters into shard moments, the cheapest way that loses no digits.
+
+Per shard and coordinate they keep the sum of deviations from a pilot (near the first replicates' mean, where zero is too far)
+and of their squares: deviations are as small as the noise, so nothing cancels, however large the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradiometer.bench.moments import TILE, Moments, from_sums, summary, total_of
+from gradiometer.bench.outer import CANCELLED, Outer, pairs_of, twice
+from gradiometer.bench.products import product
+
+LARGE = 2**18  # elements of a gradient from which it is made in parts, so that it and its sums stay in a cache
+FEW_COLUMNS = 8  # that a pilot has, for which single columns are taken from a gradient
+PAIRED = 1024  # pairs of rows that are held at once
+AGREED = 1e-3  # relative difference of second moments made in two ways, in every coordinate, if neither has cancelled
+ENOUGH = 4  # replicates that show whether terms cancel
+FEW, SHARED_FEW = 5, 32  # rows up to which sums over their pairs are cheaper than one gradient after the other
+Slice = tuple[int | None, int | None]
+"""Columns (last axis) of a block that are one parameter's, as a slice's start and stop."""
+Tile = tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]
+Projections = dict[Slice, tuple[Tensor, Tensor]]
+"""Inner products with a direction and squared norms of replicates, ``[r]`` each, by columns."""
+
+
+class Accumulator(ABC):
+    """Folds chunks of replicate gradients of one block of parameters into shard moments."""
+
+    def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice]) -> None:
+        self.shape = like.shape if isinstance(like, Outer) else like.shape[1:]
+        self.count, self.slices = np.zeros(shards), tuple(slices)
+
+    def fold(
+        self, shard: int, gradients: Tensor | Outer, towards: Tensor | None = None, wanted: int = 0
+    ) -> Projections:
+        """Add the replicates ``[r, *shape]`` to `shard`; the first `wanted` of them are projected on the direction `towards`."""
+        found = self._add(shard, gradients, towards, wanted)
+        self.count[shard] += len(gradients)
+        return found
+
+    def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
+        self._sum(shard, gradients)
+        return {} if towards is None else self._projections(gradients[:wanted], towards)
+
+    def _projections(self, gradients: Tensor | Outer, towards: Tensor) -> Projections:
+        if isinstance(gradients, Outer):
+            return {of: gradients.columns(slice(*of)).projections(towards[:, slice(*of)]) for of in self.slices}
+        along, squared = gradients * towards, gradients.square()
+        return {of: (along[:, slice(*of)].sum(1), squared[:, slice(*of)].sum(1)) for of in self.slices}
+
+    @abstractmethod
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None: ...
+
+    @abstractmethod
+    def mean(self, upto: int) -> Tensor:
+        """The mean over the shards before `upto`, in the block's shape."""
+
+    @abstractmethod
+    def _tile(self, units: slice, columns: slice) -> Tile:
+        """Of some outputs and columns, flattened: per shard, the sums of deviations and of their squares; the pilot, if any."""
+
+    def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
+        """Of the block, or of some of its columns (last axis), in the parameter's shape."""
+        wide = len(range(*columns.indices(self.shape[-1])))
+        tall = self.shape.numel() // self.shape[-1]
+        step = max(1, TILE // wide)
+        parts = [
+            summary(*self._tile(slice(start, start + step), columns), self.count) for start in range(0, tall, step)
+        ]
+        mean, variance = (np.concatenate([getattr(part, kind) for part in parts]) for kind in ("mean", "variance"))
+        return from_sums(mean, variance, np.sum([part.sums for part in parts], axis=0), self.count, shape or self.shape)
+
+    def first_not_finite(self, columns: slice) -> int:
+        """The first shard with a gradient that is not finite in these columns: a sum of squares forgets no NaN."""
+        _, second, _ = self._tile(slice(None), columns)
+        return [bool(m.sum().isfinite()) for m in second].index(False)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A gradient from which deviations are taken; `columns` are those where it is not zero, if they are few."""
+
+    dense: Tensor
+    columns: tuple[int, ...] | None = None
+
+    @staticmethod
+    def where_needed(gradients: Tensor, cancelled: Tensor) -> Pilot | None:
+        """The mean gradient, in those columns alone (a bias, a saturated unit) that have a coordinate that cancels without."""
+        if not cancelled.any():
+            return None
+        columns = cancelled.flatten(0, -2).any(0).nonzero().flatten().tolist() if cancelled.dim() > 1 else []
+        if not 0 < len(columns) <= FEW_COLUMNS:
+            return Pilot(gradients)
+        return Pilot(
+            torch.zeros_like(gradients).index_copy_(
+                -1, torch.tensor(columns, device=gradients.device), gradients[..., columns]
+            ),
+            tuple(columns),
+        )
+
+    def taken_from(self, gradient: Tensor, units: slice) -> Tensor:
+        """Deviations of a gradient ``[units, in]``, in its place."""
+        if self.columns is None:
+            return gradient.sub_(self.dense[units])
+        for column in self.columns:
+            gradient[:, column].sub_(self.dense[units, column])
+        return gradient
+
+
+class Dense(Accumulator):
+    """Holds the sums of every coordinate; of factors, one gradient is made after the other."""
+
+    def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice], pilot: Pilot | None = None) -> None:
+        super().__init__(like, shards, slices)
+        values = like.cotangents if isinstance(like, Outer) else like
+        # At once, not as shards begin: they would lie scattered over a heap of passing things, and keep it from shrinking.
+        self.first, self.second = (list(values.new_empty(shards, *self.shape)) for _ in range(2))
+        self.pilot = pilot
+
+    def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
+        if not isinstance(gradients, Outer):
+            return super()._add(shard, gradients, towards, wanted)
+        first, second = self._places(shard)
+        if towards is None or gradients.rows <= SHARED_FEW:
+            add_one_by_one(gradients, first, second, self.pilot)
+            return {} if towards is None else self._projections(gradients[:wanted], towards)
+        columns = add_one_by_one(gradients[:wanted], first, second, self.pilot, towards)
+        add_one_by_one(gradients[wanted:], first, second, self.pilot)
+        along, squared = ({of: m[:, slice(*of)].sum(1) for of in self.slices} for m in columns)
+        return {of: (along[of], squared[of]) for of in self.slices}
+
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+        first, second = self._places(shard)
+        assert isinstance(gradients, Tensor)
+        deviations = gradients if self.pilot is None else gradients - self.pilot.dense
+        if len(deviations) == 1:
+            first.add_(deviations[0])
+            second.addcmul_(deviations[0], deviations[0])
+        else:
+            first.add_(deviations.sum(0))
+            second.add_(deviations.square().sum(0))
+
+    def _places(self, shard: int) -> tuple[Tensor, Tensor]:
+        first, second = self.first[shard], self.second[shard]
+        if self.count[shard] == 0:
+            first.zero_()
+            second.zero_()
+        return first, second
+
+    def mean(self, upto: int) -> Tensor:
+        mean = total_of(self.first[:upto]).div_(self.count[:upto].sum())
+        return mean if self.pilot is None else mean + self.pilot.dense
+
+    def _tile(self, units: slice, columns: slice) -> Tile:
+        def of(m: Tensor) -> Tensor:
+            return m.view(-1, self.shape[-1])[units, columns].flatten()
+
+        pilot = None if self.pilot is None else of(self.pilot.dense)
+        return [of(m) for m in self.first], [of(m) for m in self.second], pilot
+
+
+class Paired(Dense):
+    """Of factors with few rows: second moments are sums over pairs of rows, made by one product for all replicates.
+
+    Args:
+        centre: factors of what deviations are taken from; nothing if None.
+    """
+
+    def __init__(self, like: Outer, shards: int, slices: Iterable[Slice], centre: Outer | None = None) -> None:
+        Accumulator.__init__(self, like, shards, slices)
+        self.first = [like.cotangents.new_empty(0)] * shards  # each takes the place of the first product made for it
+        self.second = list(self.first)
+        self.centre, self.pilot = centre, None if centre is None else Pilot(centre.dense()[0])
+
+    def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
+        return Accumulator._add(self, shard, gradients, towards, wanted)
+
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+        assert isinstance(gradients, Outer)
+        deviations = gradients if self.centre is None else minus(gradients, self.centre)
+        step = max(1, PAIRED // (deviations.rows * (deviations.rows + 1) // 2))
+        for start in range(0, len(deviations), step):
+            part = deviations[start : start + step]
+            fresh = self.count[shard] + start == 0
+            for into, made in ((self.first, part.total()), (self.second, part.squared().total())):
+                into[shard] = made if fresh else into[shard].add_(made)
+
+
+class Shared(Accumulator):
+    """Of factors whose inputs are the same for all replicates: the moments of the cotangents say it all.
+
+    With deviations ``e [n, out]`` of the cotangents, second moments are quadratic forms of the inputs in ``sum_r e e^T``.
+    """
+
+    def __init__(self, like: Outer, shards: int, slices: Iterable[Slice]) -> None:
+        super().__init__(like, shards, slices)
+        like = like.flat()
+        n, out = like.cotangents.shape[1:]
+        self.inputs, self.pilot = like.inputs[0], steady_mean(like.cotangents)  # [n, in], [n, out]
+        self.first = like.cotangents.new_zeros(shards, n, out)
+        self.second = like.cotangents.new_zeros(shards, out, n, n)
+
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+        assert isinstance(gradients, Outer)
+        deviations = gradients.flat().cotangents - self.pilot  # [r, n, out]
+        self.first[shard] += deviations.sum(0)
+        if len(self.inputs) == 1:
+            self.second[shard, :, 0, 0] += deviations.square().sum((0, 1))
+        else:
+            rows = deviations.permute(2, 1, 0).contiguous()  # [out, n, r]
+            torch.baddbmm(self.second[shard], rows, rows.mT, out=self.second[shard])
+
+    def mean(self, upto: int) -> Tensor:
+        return product((self.first[:upto].sum(0) / self.count[:upto].sum() + self.pilot).T, self.inputs.T)
+
+    def _tile(self, units: slice, columns: slice) -> Tile:
+        inputs, S = self.inputs[:, columns].T, len(self.first)
+        first = product(self.first[..., units].mT.flatten(0, 1), inputs).view(S, -1)
+        n, m = pairs_of(len(self.inputs), inputs.device)
+        forms = self.second[:, units, n, m].flatten(0, 1) * twice(n, m).to(inputs)[:, 0]  # [S * t, pairs]
+        second = product(forms, inputs[:, n] * inputs[:, m]).view(S, -1)
+        return list(first), list(second), product(self.pilot[:, units].T, inputs).flatten()
+
+    def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
+        if len(self.inputs) > 1:
+            return super().moments(columns, shape)
+        # Every gradient is one vector times the same inputs: the vector's moments, and how often each is seen.
+        of = summary(list(self.first[:, 0]), list(self.second[..., 0, 0]), self.pilot[0], self.count)
+        a = self.inputs[0, columns].double().cpu().numpy()
+        size, seen = float(a @ a), float(np.count_nonzero(a))
+        sums = of.sums * np.array([size, size, seen, seen, seen])[:, None]
+        return from_sums(np.outer(of.mean, a), np.outer(of.variance, a**2), sums, self.count, shape or self.shape)
+
+
+class Traces(Accumulator):
+    """Sums of the gradients and of their squared norms: no second moment of any coordinate is kept, nor any gradient made."""
+
+    def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice]) -> None:
+        super().__init__(like, shards, slices)
+        values = like.cotangents if isinstance(like, Outer) else like
+        self.first = values.new_zeros(shards, *self.shape)
+        self.squares = {of: values.new_zeros(shards, dtype=torch.float64) for of in self.slices}
+
+    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+        self.first[shard] += gradients.total() if isinstance(gradients, Outer) else gradients.sum(0)
+        for of, squares in self.squares.items():
+            part = gradients.columns(slice(*of)) if isinstance(gradients, Outer) else gradients[..., slice(*of)]
+            norms = part.squared_norms() if isinstance(part, Outer) else part.square().flatten(1).sum(1)
+            squares[shard] += norms.sum(dtype=torch.float64)
+
+    def mean(self, upto: int) -> Tensor:
+        return self.first[:upto].sum(0) / self.count[:upto].sum()
+
+    def _tile(self, units: slice, columns: slice) -> Tile:
+        return list(self.first[..., columns].flatten(1)), list(self.squares[columns.start, columns.stop]), None
+
+    def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
+        """Variances of coordinates are not known: nan.
+
+        Raises:
+            Cancelled: the mean is so large against the noise that squared norms do not tell it.
+        """
+        parts = [part[..., columns].flatten() for part in self.first]
+        squares = self.squares[columns.start, columns.stop].tolist()
+        total, n, rows = total_of(parts), float(self.count.sum()), []
+        least = 1000 * torch.finfo(total.dtype).eps
+        for without, second, left in (
+            (total, sum(squares), n),
+            *((total - f, sum(squares) - q, n - c) for f, q, c in zip(parts, squares, self.count, strict=True)),
+        ):
+            square = sum(float(torch.dot(part, part)) for part in without.split(TILE))
+            variance = max(second - square / left, 0.0) / (left - 1)  # in this order, nan stays nan
+            if variance * left < least * second:
+                raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")
+            rows.append([square / left**2, variance, math.nan, math.nan, math.nan])
+        mean = (total.double() / n).cpu().numpy()
+        return from_sums(mean, np.full(mean.shape, math.nan), np.array(rows).T, self.count, shape or self.shape)
+
+
+class Cancelled(Exception):
+    """Squared norms have lost the digits that a variance needs."""
+
+
+def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice], traces: bool = False) -> Accumulator:
+    """The accumulator that is fast and precise for gradients of which the first replicates are given.
+
+    With `traces`, squared norms stand for second moments wherever that saves something.
+    """
+    if isinstance(beginning, Outer):
+        if beginning.shared and beginning.rows <= SHARED_FEW:
+            deviations = Outer(beginning.inputs, beginning.cotangents - steady_mean(beginning.cotangents))
+            if beginning.rows == 1 or _pairs_agree(deviations):
+                return Shared(beginning, shards, slices)
+        elif traces:
+            return Traces(beginning, shards, slices)
+        elif beginning.rows <= FEW and len(beginning) >= ENOUGH:
+            first, second = beginning.total(), beginning.squared().total()
+            if not _cancelled(first, second, len(beginning)).any():
+                if beginning.rows == 1 or _pairs_agree(beginning):
+                    return Paired(beginning, shards, slices)
+            elif _pairs_agree(minus(beginning, centre := _centre(beginning))):
+                return Paired(beginning, shards, slices, centre)
+        first, second = beginning.cotangents.new_zeros(2, *beginning.shape)
+        add_one_by_one(beginning, first, second)
+    else:
+        first, second = beginning.sum(0), beginning.square().sum(0)
+    mean = (first / len(beginning)).nan_to_num_(0, 0, 0)
+    pilot = Pilot.where_needed(mean, _cancelled(first, second, len(beginning)))
+    return Dense(beginning, shards, slices, pilot)
+
+
+def minus(gradients: Outer, centre: Outer) -> Outer:
+    """Gradients less one that is given by its factors: ``d a - c b = (d - c) a + c (a - b)``, small where the noise is."""
+    gradients, left, right = gradients.flat(), centre.cotangents, centre.inputs
+    e, f = gradients.cotangents - left, gradients.inputs - right
+    return Outer(torch.cat([gradients.inputs, f], 1), torch.cat([e, left.expand_as(e)], 1))
+
+
+def _centre(gradients: Outer) -> Outer:
+    flat = gradients.flat()
+    return Outer(steady_mean(flat.inputs)[None], steady_mean(flat.cotangents)[None])
+
+
+def steady_mean(values: Tensor) -> Tensor:
+    """The mean over replicates for a pilot: exact where all are the same, so that they stay without noise, and always a number."""
+    return torch.where((values == values[:1]).all(0), values[0], values.mean(0)).nan_to_num_(0, 0, 0)
+
+
+def _cancelled(first: Tensor, second: Tensor, n: int) -> Tensor:
+    """Where a variance made from sums of gradients and of squares would have lost digits."""
+    return torch.addcmul(second, first, first, value=-1 / n) < CANCELLED * second
+
+
+def _pairs_agree(deviations: Outer) -> bool:
+    """Whether second moments from pairs of rows have lost no digits to terms that cancel."""
+    first, second = deviations.cotangents.new_zeros(2, *deviations.shape)
+    add_one_by_one(deviations, first, second)
+    return not ((deviations.squared().total() - second).abs() > AGREED * second).any()
+
+
+def add_one_by_one(
+    gradients: Outer, first: Tensor, second: Tensor, pilot: Pilot | None = None, towards: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add the sums over replicates of deviations from `pilot`, and of their squares, in tiles that stay in the cache.
+
+    Returns:
+        Down each column, the inner products with the direction `towards` and the squares of the gradients, ``[r, in]`` each.
+    """
+    tall, wide = gradients.shape
+    step = -(-tall // -(-tall * wide // LARGE))
+    along, squared = first.new_zeros(2, len(gradients) if towards is not None else 0, wide)
+    for start in range(0, tall, step):
+        units = slice(start, start + step)
+        of_first, of_second = first[units], second[units]
+        for r, gradient in enumerate(gradients.each(units)):
+            if towards is not None:
+                along[r] += (gradient * towards[units]).sum(0)
+                squared[r] += gradient.square().sum(0)
+            if pilot is not None:
+                gradient = pilot.taken_from(gradient, units)
+            of_first.add_(gradient)
+            of_second.addcmul_(gradient, gradient)
+    return along, squared
