@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,30 @@ from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.measured import Measurement, of_moments
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.products import full_precision
-from gradiometer.bench.replicates import MEMORY, Plan, Subject, active_units, draws, looped, plans
+from gradiometer.bench.replicates import MEMORY, Engine, Plan, Subject, active_units, draws, looped, plans
 from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import settled
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import BLOCK
 
-Engine = Literal["auto", "rows", "ghost", "loop"]
 
-
-def measure(problem: Problem, estimator: Estimator, **options: Any) -> Measurement:
-    """Measure the gradient `estimator` gives on `problem`; the options are those of `measure_all`.
+def measure(
+    problem: Problem,
+    estimator: Estimator,
+    *,
+    replicates: int = 1024,
+    seed: int = 0,
+    engine: Engine = "auto",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    reference: Estimator | None = None,
+    only: Sequence[str] = (),
+    precision: float | None = None,
+    budget: int | None = None,
+    memory: int = MEMORY,
+    chunk: int | None = None,
+) -> Measurement:
+    """Measure the gradient `estimator` gives on `problem`; arguments and errors are those of `measure_all`.
 
     Example:
         >>> from gradiometer.bench.models.toys import GaussianToy
@@ -37,7 +50,21 @@ def measure(problem: Problem, estimator: Estimator, **options: Any) -> Measureme
         >>> sorted(measure(toy, parse("iwae:K=4"), replicates=64).groups)
         ['generative', 'inference']
     """
-    (found,) = measure_all(problem, [estimator], **options)
+    (found,) = measure_all(
+        problem,
+        [estimator],
+        replicates=replicates,
+        seed=seed,
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        reference=reference,
+        only=only,
+        precision=precision,
+        budget=budget,
+        memory=memory,
+        chunk=chunk,
+    )
     return found
 
 
@@ -159,9 +186,8 @@ class _Asked:
         while True:
             more = self._further(folding)
             for position, subject in enumerate(plan.subjects):
-                met = self._precise(folding, position)
-                if position not in found and (met or not more):
-                    done = folding.replicates * len(self.problem.x)
+                if position not in found and ((met := self._precise(folding, position)) or not more):
+                    evaluations = (counted.evaluations - before) / (folding.replicates * len(self.problem.x))
                     found[position] = Measurement(
                         self.problem,
                         subject.estimator,
@@ -171,7 +197,7 @@ class _Asked:
                         {group: tuple(members) for group, members in subject.parameters.items()},
                         folding.projections(position),
                         folding.samples(position),
-                        (counted.evaluations - before) / done,
+                        evaluations,
                         self.units,
                         plan.engine,
                         plan.chunk,

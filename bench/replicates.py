@@ -20,11 +20,9 @@ from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK, Rng
 
-Engine = Literal["rows", "loop", "ghost"]
-Asked = Engine | Literal["auto"]
-CHUNK = {
-    "cpu": 2**25
-}  # bytes of a batch: more of them leave the processor's cache, fewer cost more in calls than in work
+Engine = Literal["auto", "rows", "ghost", "loop"]
+# Bytes of a batch: more of them leave the processor's cache, fewer cost more in calls than in work.
+CHUNK = {"cpu": 36 * 2**20}
 GPU_CHUNK = 2**30  # enough to fill a graphics processor
 MOST = 4096  # replicates in a batch, however small
 MEMORY = 2 * 2**30  # bytes a measurement may take beside the model and the data, if nothing else is asked
@@ -74,7 +72,7 @@ class Plan:
         return [replace(self, subjects=(s,), batch=_batch([s])) for s in self.subjects]
 
 
-def plans(subjects: Sequence[Subject], engine: Asked, seed: int, memory: int, chunk: int | None) -> list[Plan]:
+def plans(subjects: Sequence[Subject], engine: Engine, seed: int, memory: int, chunk: int | None) -> list[Plan]:
     """Passes that serve all estimators, those given by weights of as many particles together.
 
     Replicates are batched only after each estimator's were seen to equal the slow twin's; what cannot be batched is looped, with
@@ -135,7 +133,7 @@ def chunk_size(wanted: int) -> int:
     return wanted // BLOCK * BLOCK if wanted >= BLOCK else 2 ** wanted.bit_length() // 2
 
 
-def _agreed(group: Sequence[Subject], engine: Asked, seed: int, memory: int, chunk: int | None) -> list[Plan]:
+def _agreed(group: Sequence[Subject], engine: Engine, seed: int, memory: int, chunk: int | None) -> list[Plan]:
     """Passes of those estimators whose replicates equal the slow twin's, and loops of the others."""
     chosen: Engine = "rows" if engine == "auto" else engine
 

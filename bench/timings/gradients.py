@@ -26,7 +26,7 @@ class Measuring:
 
     def run(self, word: str, engine: str) -> Measurement:
         """What is timed."""
-        return measure(self.problem, parse(word), replicates=REPLICATES, engine=engine)
+        return measure(self.problem, parse(word), replicates=REPLICATES, engine=engine)  # type: ignore[arg-type]
 
     def time_measure(self, word: str, engine: str) -> None:
         """Seconds of a measurement of 256 replicates."""
