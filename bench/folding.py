@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -51,9 +50,9 @@ class Folding:
         self.parts: list[dict[str, Part]] = []
         self._towards: dict[str, Tensor] = {}
         self._shards: list[tuple[range, int]] = []
-        self._scalars: list[list[dict[str, list[Tensor]]]] = [
-            [defaultdict(list) for _ in range(self.number)] for _ in estimators
-        ]
+        # By replicate. Kept in pieces, they would lie scattered over a heap of passing things, and keep it from shrinking.
+        self._scalars: list[dict[str, Array]] = [{} for _ in estimators]
+        self._projected = [0] * self.number
         self._to_project = [0] * self.number
         self._finished: dict[tuple[object, ...], Moments] = {}
         self.extend(replicates)
@@ -84,7 +83,8 @@ class Folding:
         if made.parts != self.parts:
             raise NotRows("what its gradients are made of changes between replicates")
         self._finished.clear()
-        observed = [] if made.log_w is None else self._observed(made.log_w)
+        if made.log_w is not None:
+            self._observe(made.log_w, replicates.start)
         for number, rows in self._pieces(replicates):
             if number == self.half and not self._towards:
                 self._project()
@@ -94,11 +94,9 @@ class Folding:
                 name: self.sums[name].fold(number, block[rows], self._towards[name] if wanted else None, wanted)
                 for name, block in made.blocks.items()
             }
-            for kept, values in zip(self._scalars, observed, strict=False):
-                for name, value in values.items():
-                    kept[number][name].append(value[rows])
             if wanted:
-                self._keep(number, projections, wanted)
+                self._projected[number] += wanted
+                self._keep(projections, replicates.start + rows.start, wanted)
 
     def _project(self) -> None:
         """From here on, replicates are projected on the directions of mean gradients."""
@@ -120,7 +118,8 @@ class Folding:
                         places[name].copy_(self.means[name].reshape(places[name].shape))
                 _normalize(list(places.values()))
         for number in range(self.half, self.number):
-            self._to_project[number] = max(PROJECTED, len(self._shards[number][0]) // 8)
+            begun = len(self._shards[number][0])
+            self._to_project[number] = min(begun, max(PROJECTED, begun // 8))
 
     def moments(self, estimator: int) -> dict[str, Moments]:
         """By parameter.
@@ -152,18 +151,24 @@ class Folding:
 
     def samples(self, estimator: int) -> dict[str, list[Array]]:
         """Per scalar and shard, its value in each replicate."""
-        names = [name for name in self._scalars[estimator][0] if " " not in name]
-        return {name: [self._values(estimator, n, name) for n in range(self.number)] for name in names}
+        return {
+            name: [
+                np.concatenate([values[shard.start : shard.stop] for shard, of in self._shards if of == number])
+                for number in range(self.number)
+            ]
+            for name, values in self._scalars[estimator].items()
+            if " " not in name
+        }
 
     def projections(self, estimator: int) -> dict[str, list[tuple[Array, Array]]]:
         """Per group and shard of the second half, inner product with the direction and squared norm of each replicate."""
-        return {
-            group: [
-                (self._values(estimator, n, f"along {group}"), self._values(estimator, n, f"squared {group}"))
-                for n in range(self.half, self.number)
-            ]
-            for group in self.parameters[estimator]
-        }
+        kept, found = self._scalars[estimator], {}
+        for group in self.parameters[estimator]:
+            along, squared = kept[f"along {group}"], kept[f"squared {group}"]
+            begun = [(number, self._shards[number][0].start) for number in range(self.half, self.number)]
+            of = [slice(start, start + self._projected[number]) for number, start in begun]
+            found[group] = [(along[rows].copy(), squared[rows].copy()) for rows in of]
+        return found
 
     def _begin(self, made: Pass) -> None:
         self.parts = made.parts
@@ -176,16 +181,19 @@ class Folding:
         found = self.parts[estimator]
         return [(name, found[name]) for name in self.parameters[estimator][group] if name in found]
 
-    def _observed(self, log_w: Tensor) -> list[dict[str, Tensor]]:
-        """Per estimator, what the log weights ``[K, r, B]`` say of each replicate, ``[r]``."""
+    def _observe(self, log_w: Tensor, start: int) -> None:
+        """Keep what the log weights ``[K, r, B]`` say of each replicate from `start` on."""
         shared = {"elbo": log_w.mean(0), "iwelbo": log_mean_exp(log_w), "ess": effective_sample_size(log_w)}  # [r, B]
         means = {name: values.mean(-1) for name, values in shared.items()}
-        return [{"objective": e.objective(log_w).mean(-1)} | means for e in self.estimators]
+        for e, estimator in enumerate(self.estimators):
+            for name, values in ({"objective": estimator.objective(log_w).mean(-1)} | means).items():
+                self._put(e, name, start, values)
 
-    def _keep(self, number: int, projections: Mapping[str, Projections], wanted: int) -> None:
+    def _keep(self, projections: Mapping[str, Projections], start: int, wanted: int) -> None:
+        """Keep the projections of some replicates from `start` on."""
         nothing = (torch.zeros(wanted), torch.zeros(wanted))
-        for e, kept in enumerate(self._scalars):
-            for group in self.parameters[e]:
+        for e, parameters in enumerate(self.parameters):
+            for group in parameters:
                 pairs = [
                     projections[part.block][part.columns.start, part.columns.stop] for _, part in self._of(e, group)
                 ]
@@ -193,12 +201,17 @@ class Folding:
                 along, squared = (sum(values).double() for values in zip(*pairs or [nothing], strict=True))
                 # What lies across the direction is not told by digits that are not there.
                 steady = squared - along.square() < least * squared
-                squared = torch.where(steady, along.square(), squared)
-                kept[number][f"along {group}"].append(along)
-                kept[number][f"squared {group}"].append(squared)
+                self._put(e, f"along {group}", start, along)
+                self._put(e, f"squared {group}", start, torch.where(steady, along.square(), squared))
 
-    def _values(self, estimator: int, number: int, name: str) -> Array:
-        return torch.cat(self._scalars[estimator][number][name]).double().cpu().numpy()
+    def _put(self, estimator: int, name: str, start: int, values: Tensor) -> None:
+        kept = self._scalars[estimator].get(name)
+        if kept is None or len(kept) < self.replicates:
+            grown = np.empty(self.replicates)
+            if kept is not None:
+                grown[: len(kept)] = kept
+            kept = self._scalars[estimator][name] = grown
+        kept[start : start + len(values)] = values.double().cpu().numpy()
 
     def _pieces(self, replicates: range) -> Iterator[tuple[int, slice]]:
         for shard, number in self._shards:
