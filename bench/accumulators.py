@@ -79,10 +79,10 @@ class Accumulator(ABC):
         mean, variance = (np.concatenate([getattr(part, kind) for part in parts]) for kind in ("mean", "variance"))
         return from_sums(mean, variance, np.sum([part.sums for part in parts], axis=0), self.count, shape or self.shape)
 
-    def first_not_finite(self, columns: slice) -> int:
-        """The first shard with a gradient that is not finite in these columns: a sum of squares forgets no NaN."""
-        _, second, _ = self._tile(slice(None), columns)
-        return [bool(m.sum().isfinite()) for m in second].index(False)
+    def first_not_finite(self, columns: slice) -> int | None:
+        """The first shard with a gradient that is not finite in these columns, if there is one: a sum forgets no NaN."""
+        first, _, _ = self._tile(slice(None), columns)
+        return next((number for number, total in enumerate(first) if not total.isfinite().all()), None)
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,24 @@ class Batch:
         model, x: the problem, ``x [B, ...]``.
         states: their memories.
         parameters: of the model, and of what a single estimator learns.
+        by_columns: weighted estimators by one backward pass; a single one can also go by its own terms.
 
     Raises:
         NotRows: a parameter or a layer whose replicates cannot be told apart.
     """
 
     def __init__(
-        self, estimators: Sequence[Estimator], model: Any, x: Tensor, states: Sequence[State], parameters: Parameters
+        self,
+        estimators: Sequence[Estimator],
+        model: Any,
+        x: Tensor,
+        states: Sequence[State],
+        parameters: Parameters,
+        *,
+        by_columns: bool = True,
     ) -> None:
         self.estimators, self.model, self.x, self.states = estimators, model, x, states
-        self.by_columns = together(estimators)
+        self.by_columns = by_columns and together(estimators)
         learned = states[0].learned if len(estimators) == 1 else {}
         self.network = Network(getattr(model, "_model", model), learned, parameters, len(x))
         if self.by_columns and not self._guide_is_known():
@@ -49,7 +57,7 @@ class Batch:
                 raise NotRows("the guide is not known by its parameters")
             self.by_columns = False
         two, three = self._calls(2), self._calls(3)
-        self.network.find_axes([call.rows for call in two], [call.rows for call in three])
+        self.network.find_axes(two, three)
         held = sum(4 * call.output.numel() + 3 * call.inputs.numel() for call in two) / 2  # with gradients and copies
         if self.network.guide is not None:
             held += 12 * len(x) * estimators[0].K * self.network.guide[0].event_shape.numel()  # noise, densities

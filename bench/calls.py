@@ -46,6 +46,8 @@ class Call:
 
 def known(layer: nn.Module) -> bool:
     """Whether gradients of the layer's parameters can be made from its calls."""
+    if layer._parameters.get("weight") is None:  # made from other parameters, as by spectral_norm
+        return False
     if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
         return type(layer) in LAYERS and layer.groups == 1 and layer.padding_mode == "zeros" and layer.padding != "same"
     if isinstance(layer, nn.Embedding):

@@ -164,7 +164,7 @@ def measure(
     plugins: tuple[str, ...],
 ) -> None:
     """Compare estimators on one problem and print a table, value ± standard error per parameter group."""
-    from gradiometer.bench.metrics import COST, METRICS
+    from gradiometer.bench.metrics import COST, METRICS, OF_COORDINATES
 
     for name in metrics:
         if name not in METRICS:
@@ -178,6 +178,10 @@ def measure(
     _load(plugins)
     if budget is not None and precision is None:
         raise RequestError("--budget is what a precision may take: give --precision, too")
+    if budget is not None and budget < replicates:
+        raise RequestError(f"--budget {budget} is less than the {replicates} replicates that are measured at first")
+    if engine == "ghost" and (lacking := [name for name in metrics if name in OF_COORDINATES]):
+        raise RequestError(f"--engine ghost keeps squared norms, which do not tell {lacking[0]}")
     (device,) = _devices(device, several=False)
     parse_problem(problem)
     estimators = [_word(word) for word in words]

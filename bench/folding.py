@@ -143,6 +143,10 @@ class Folding:
         found = self.sums[part.block].moments(part.columns, part.shape)
         if not np.isfinite(found.sums.variance):
             number = self.sums[part.block].first_not_finite(part.columns)
+            if number is None:
+                raise Failure(
+                    f"squares of the gradient of {name!r} are too large for its precision: measure in float64"
+                )
             shard = next(shard for shard, of in self._shards if of == number)
             raise Failure(
                 f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}"

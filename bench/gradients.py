@@ -54,7 +54,8 @@ def trainable(model: Any, state: State) -> dict[str, dict[str, nn.Parameter]]:
     groups = parameters_of(model)
     for group, module in state.learned.items():
         groups[group] = {f"{group}.{name}": parameter for name, parameter in module.named_parameters()}
-    return {group: members for group, members in groups.items() if members}
+    free = {group: {name: p for name, p in members.items() if p.requires_grad} for group, members in groups.items()}
+    return {group: members for group, members in free.items() if members}
 
 
 def surrogates(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:

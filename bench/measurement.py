@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import settled
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import BLOCK
+from gradiometer.estimators.registry import nearest
 
 
 def measure(
@@ -94,7 +94,7 @@ def measure_all(
         replicates: independent gradients, at least 4.
         seed: of the noise; the same seed gives the same noise to every estimator.
         engine: "rows" batches replicates, "ghost" too and keeps squared norms alone, "loop" takes one at a time, "auto" chooses.
-        device, dtype: where and how precisely the gradients are computed; moments of all are float64.
+        device, dtype: where and how precisely the gradients are computed and added up; results are float64.
         reference: the estimator whose mean gradient is the direction of `cosine` and `directional_snr`; each one's own if None.
         only: the metrics that are wanted; all if none is named. Without those of single coordinates "auto" takes "ghost", where
             that is faster: from 2 to 32 rows in a replicate.
@@ -105,7 +105,7 @@ def measure_all(
 
     Raises:
         ValueError: the problem lacks what an estimator needs, or there are too few replicates.
-        Failure: a gradient is not finite.
+        Failure: a gradient is not finite, of whichever estimator: measure the others apart from it.
 
     Example:
         >>> from gradiometer.bench.models.toys import GaussianToy
@@ -118,11 +118,24 @@ def measure_all(
     for estimator in estimators:
         if (reason := reason_to_skip(problem, estimator)) is not None:
             raise ValueError(reason)
+    _must_make_sense(engine, only, precision)
     model, x = copy.deepcopy(problem.model).to(device, dtype), problem.x.to(device, dtype)
     units = None if problem.held_out is None else active_units(model, problem.held_out)
     counted = Counted(model)
     with full_precision():
-        means = _reference_means(problem, reference, replicates, seed, device, dtype)
+        means = None
+        if reference is not None:  # measured on noise of its own
+            trusted = measure(
+                problem,
+                reference,
+                replicates=replicates,
+                seed=seed + 1,
+                device=device,
+                dtype=dtype,
+                memory=memory,
+                chunk=chunk,
+            )
+            means = {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
         subjects = []
         for estimator in estimators:
             state = settled(estimator, model, x, seed)
@@ -143,6 +156,15 @@ def measure_all(
             else:
                 found |= {id(subject): m for subject, m in zip(plan.subjects, made, strict=True)}
     return [found[id(subject)] for subject in subjects]
+
+
+def _must_make_sense(engine: Engine, only: Sequence[str], precision: float | None) -> None:
+    if unknown := [name for name in only if name not in metrics.METRICS]:
+        raise ValueError(f"unknown metric {unknown[0]!r}{nearest(unknown[0], list(metrics.METRICS))}")
+    if engine == "ghost" and (lacking := [name for name in only if name in metrics.OF_COORDINATES]):
+        raise ValueError(f"squared norms do not tell {lacking[0]}: ask for another engine than ghost")
+    if precision is not None and not 0 < precision < 1:
+        raise ValueError(f"a precision is a part of the value, between 0 and 1, not {precision:g}")
 
 
 def _another_way(plan: Plan, error: Exception, engine: Engine) -> list[Plan]:
@@ -219,7 +241,7 @@ class _Asked:
         moments = folding.moments(position)
         for members in folding.parameters[position].values():
             value = of_moments("variance", [moments[name] for name in members])
-            if value.value > 0 and not (value.high - value.low) / 2 <= self.precision * value.value:
+            if value.value > 0 and not value.high - value.value <= self.precision * value.value:  # the wider side
                 return False
         return True
 
@@ -228,16 +250,6 @@ class _Asked:
         unit = folding.number * (BLOCK if self.replicates >= 2 * BLOCK * folding.number else 1)
         left = max(0, self.budget - folding.replicates) // unit
         return min(left, math.ceil(folding.replicates / 4 / unit)) * unit
-
-
-def _reference_means(
-    problem: Problem, reference: Estimator | None, replicates: int, seed: int, device: str, dtype: Any
-) -> dict[str, Tensor] | None:
-    """A trusted estimator's mean gradient, measured on noise of its own."""
-    if reference is None:
-        return None
-    trusted = measure(problem, reference, replicates=replicates, seed=seed + 1, device=device, dtype=dtype)
-    return {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
 
 
 __all__ = ["Engine", "Measurement", "measure", "measure_all"]

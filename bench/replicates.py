@@ -69,7 +69,13 @@ class Plan:
 
     def apart(self) -> list[Plan]:
         """Each estimator in a pass of its own."""
-        return [replace(self, subjects=(s,), batch=_batch([s])) for s in self.subjects]
+        found = []
+        for subject in self.subjects:
+            try:
+                found.append(replace(self, subjects=(subject,), batch=_batch([subject])))
+            except NotRows as error:
+                found.append(looped(subject, str(error)))
+        return found
 
 
 def plans(subjects: Sequence[Subject], engine: Engine, seed: int, memory: int, chunk: int | None) -> list[Plan]:
@@ -98,9 +104,33 @@ def looped(subject: Subject, reason: str = "") -> Plan:
     return Plan("loop", (subject,), 1)
 
 
-def _batch(subjects: Sequence[Subject]) -> Batch:
-    first = subjects[0]
-    return Batch([s.estimator for s in subjects], first.model, first.x, [s.state for s in subjects], first.parameters)
+def _batch(subjects: Sequence[Subject], by_columns: bool = True) -> Batch:
+    first, estimators, states = subjects[0], [s.estimator for s in subjects], [s.state for s in subjects]
+    return Batch(estimators, first.model, first.x, states, first.parameters, by_columns=by_columns)
+
+
+def _probed(subjects: Sequence[Subject], seed: int) -> tuple[Batch, Pass]:
+    """A batch and its pass over two replicates; of a single estimator by its own terms, where it cannot be by columns.
+
+    Raises:
+        NotRows: whatever went wrong.
+    """
+    try:
+        try:
+            batch = _batch(subjects)
+            return batch, batch.draw(_probe(subjects[0], seed))
+        except NotRows:
+            if len(subjects) > 1 or not together([subjects[0].estimator]):
+                raise
+            batch = _batch(subjects, by_columns=False)
+            return batch, batch.draw(_probe(subjects[0], seed))
+    except (NotRows, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a stranger's model may do anything when its rows are many
+        if len(subjects) == 1:
+            _one(subjects[0], Rng(seed, 1, "measure", subjects[0].x.device))  # raises, if it is none of ours
+        said = (str(error).splitlines() or [""])[0]
+        raise NotRows(f"in batches there is a {type(error).__name__}: {said}") from error
 
 
 def _batched(
@@ -148,36 +178,42 @@ def _agreed(group: Sequence[Subject], engine: Engine, seed: int, memory: int, ch
     rows: list[Subject] = []
     if candidates:
         try:
-            batch = _batch(candidates)
-            made = batch.draw(_probe(candidates[0], seed))
-        except torch.OutOfMemoryError:
-            raise
-        except (NotRows, RuntimeError) as error:  # a layer whose output is overwritten, say
+            batch, made = _probed(candidates, seed)
+        except NotRows as error:
             if len(candidates) > 1:  # each may still be batched by itself
                 return apart + [plan for s in candidates for plan in _agreed([s], engine, seed, memory, chunk)]
-            return [*apart, alone(candidates[0], str(error).splitlines()[0])]
+            return [*apart, alone(candidates[0], str(error))]
         for position, subject in enumerate(candidates):
             if (difference := _difference(made, position, subject, seed)) is None:
                 rows.append(subject)
             else:
                 apart.append(alone(subject, difference))
     if rows and len(rows) < len(candidates):
-        batch = _batch(rows)
-        made = batch.draw(_probe(rows[0], seed))
+        batch, made = _probed(rows, seed)
     return (_batched(rows, batch, made, chosen, memory, chunk) if rows else []) + apart
 
 
 def _difference(made: Pass, position: int, subject: Subject, seed: int) -> str | None:
-    """What tells the second replicate of a pass from the slow twin's, or None; in double precision, if it may be rounding."""
+    """What tells the second replicate of a pass from the slow twin's, or None."""
+    if (found := _apart(made, position, subject, seed)) is None or subject.x.dtype == torch.float64:
+        return found
+    try:  # rounding is told from a mistake in double precision
+        precise = subject.double()
+        batch = _batch([precise], by_columns=together([subject.estimator]))
+        return _apart(batch.draw(_probe(precise, seed)), 0, precise, seed)
+    except (NotRows, RuntimeError):  # a model that is of single precision by its code
+        return found
+
+
+def _apart(made: Pass, position: int, subject: Subject, seed: int) -> str | None:
+    """The first parameter in whose gradient the two differ, in a sentence."""
     single = _one(subject, Rng(seed, 1, "measure", subject.x.device)).gradients
     batched = dense(made, position, subject.parameters, slice(1, 2)).gradients
     for name, gradient in single.items():
-        off = (batched[name][0] - gradient).abs().max()
-        tolerance = 10 * math.sqrt(torch.finfo(gradient.dtype).eps)
-        if not off <= tolerance * max(1e-6, float(gradient.abs().max())):
-            if gradient.dtype != torch.float64:
-                precise = subject.double()
-                return _difference(_batch([precise]).draw(_probe(precise, seed)), 0, precise, seed)
+        same = (batched[name][0] == gradient) | (batched[name][0].isnan() & gradient.isnan())
+        off = (batched[name][0] - gradient).abs().masked_fill(same, 0).max()
+        scale = float(gradient.nan_to_num(0, 0, 0).abs().max())
+        if not off <= 10 * math.sqrt(torch.finfo(gradient.dtype).eps) * max(1e-6, scale):
             return f"batched, its gradient of {name!r} differs by {float(off):.2g}"
     return None
 

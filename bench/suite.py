@@ -24,7 +24,7 @@ from pydantic import (
 from gradiometer.bench.cells import Cell
 from gradiometer.bench.complaints import line_of, sentence, words
 from gradiometer.bench.errors import RequestError
-from gradiometer.bench.metrics import METRICS
+from gradiometer.bench.metrics import METRICS, OF_COORDINATES
 from gradiometer.bench.named import REFERENCES, parse_problem
 from gradiometer.bench.replicates import MEMORY
 from gradiometer.estimators.registry import nearest, parse
@@ -130,9 +130,15 @@ class GradientBlock(Block):
     dtype: Literal["float32", "float64"] = "float32"
 
     @model_validator(mode="after")
-    def _budget_of_a_precision(self) -> GradientBlock:
+    def _makes_sense(self) -> GradientBlock:
         if self.budget is not None and self.precision is None:
             raise ValueError("a budget is what a precision may take: give precision, too")
+        if self.budget is not None and self.budget < self.replicates:
+            raise ValueError(
+                f"a budget of {self.budget} is less than the {self.replicates} replicates measured at first"
+            )
+        if self.engine == "ghost" and (lacking := [name for name in self.metrics if name in OF_COORDINATES]):
+            raise ValueError(f"the engine ghost keeps squared norms, which do not tell {lacking[0]}")
         return self
 
 

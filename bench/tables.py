@@ -32,6 +32,7 @@ SEPARATED = (
 )
 UNRANKED = "Objectives of different estimators are different bounds, so their values are not ranked."
 CLAIM = "that it is the gradient it claims to be rests on its own tests."
+UNMET = "Less precise than asked, when the budget was spent: "
 AT_FLOOR = "at the floor: the interval reaches what a gradient of mean zero would show."
 
 
@@ -239,7 +240,7 @@ def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
     """What has to be said beneath a table."""
     yield _errors(uncertain)
     if unmet := ", ".join(dict.fromkeys(uncertain.loc[uncertain["precision_met"].eq(False), "label"])):
-        yield f"Less precise than asked, when the budget was spent: {unmet}."
+        yield f"{UNMET}{unmet}."
     if any(column.better for column in table.columns):
         yield SEPARATED
     if any(column.metric == "objective" for column in table.columns):

@@ -85,18 +85,20 @@ class Network:
             if id(p) not in of_layers and (name := self.owner.get(id(p))) is not None
         }
         for name, (module, _, _) in self.free.items():
-            if type(module).__module__.startswith("torch.nn"):
+            if type(module).__module__.startswith("torch.nn") and type(module) is not nn.Module:
                 raise NotRows(f"parameter {name!r} belongs to a layer of type {type(module).__name__}")
         forwards = {layer: fast_forward(layer) for layer in self.layers if type(layer) is nn.Linear}
         self.forwards = {layer: forward for layer, forward in forwards.items() if forward is not None}
         self.guide: tuple[Distribution, list[Call]] | None = None  # once it ran
+        self.called: list[nn.Module] | None = None  # the layers in the order of their calls, once that is known
         self.axes: list[int] = []  # where replicates are, by the number of the call
 
-    def find_axes(self, two: Sequence[Size], three: Sequence[Size]) -> None:
+    def find_axes(self, two: Sequence[Call], three: Sequence[Call]) -> None:
         """Find the replicate axis of every call from the shapes of the same calls for two and for three replicates."""
-        if len(two) != len(three):
-            raise NotRows("the number of its layers' calls changes with the number of replicates")
-        for number, (a, b) in enumerate(zip(two, three, strict=True)):
+        self.called = [call.layer for call in two]
+        if self.called != [call.layer for call in three]:
+            raise NotRows("the calls of its layers change with the number of replicates")
+        for number, (a, b) in enumerate((one.rows, other.rows) for one, other in zip(two, three, strict=True)):
             changed = [i for i, (m, n) in enumerate(zip(a, b, strict=False)) if m != n]
             if len(a) != len(b) or len(changed) != 1:
                 raise NotRows(f"call {number + 1} of its layers, on shape {tuple(a)}, has no replicate axis")
@@ -108,10 +110,11 @@ class Network:
     ) -> Iterator[None]:
         """While open, calls of layers are reported, linear ones are made fast, and free parameters stand aside for `leaves`."""
 
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            record(layer, inputs[0].detach(), output)
+        def hook(layer: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> None:
+            (inputs,) = (*given, *named.values())
+            record(layer, inputs.detach(), output)
 
-        handles = [layer.register_forward_hook(hook) for layer in self.layers]
+        handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in self.layers]
         aside: list[tuple[Any, str, Any]] = []
         aside += [(module, attribute, leaves[name]) for name, (module, attribute, _) in self.free.items()]
         aside += [(layer, "forward", forward) for layer, forward in self.forwards.items()]
@@ -171,7 +174,10 @@ class Tape:
         """While open, every call of a known layer is kept, and each replicate has a copy of every other parameter."""
 
         def record(layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
-            self.calls.append(Call(layer, inputs, output, len(self.calls)))
+            number, called = len(self.calls), self.network.called
+            if called is not None and called[number : number + 1] != [layer]:
+                raise NotRows("the calls of its layers change with the data")
+            self.calls.append(Call(layer, inputs, output, number))
 
         with self.network.recording(record, self._leaves):
             yield
@@ -234,6 +240,8 @@ class Tape:
             if slope is None:
                 continue
             for factors in call.factors(slope):
+                if factors.inputs.shape[:-2] != call.rows:
+                    raise NotRows(f"a {type(call.layer).__name__} in the guide has no inputs that all replicates share")
                 inputs = factors.inputs.reshape(1, -1, factors.inputs.shape[-1])
                 for owner, rows in zip(owners, factors.cotangents.split(self.R), strict=True):
                     cotangents = rows.reshape(self.R, -1, rows.shape[-1])
@@ -305,7 +313,9 @@ class Tape:
 
     def _add(self, parameter: Tensor, made: Tensor | Outer, owners: Owners, alone: int | None = None) -> None:
         """Add gradients of a parameter, side by side on the last axis for those who own them, or of one estimator `alone`."""
-        name = self.network.owner[id(parameter)]
+        name = self.network.owner.get(id(parameter))
+        if name is None:  # frozen
+            return
         block = name if alone is None else f"{name}#{alone}"
         before = self.blocks.get(block)
         self.blocks[block] = made if before is None else before + made  # type: ignore[operator]

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gradiometer.bench import selection
 from gradiometer.bench.errors import RequestError
-from gradiometer.bench.tables import AT_FLOOR, CLAIM, Cell, Column, Line, Table, table_of
+from gradiometer.bench.tables import AT_FLOOR, CLAIM, UNMET, Cell, Column, Line, Table, table_of
 from gradiometer.bench.typeset import counts, unit_of
 
 __all__ = ["SHOWN", "comparison"]
@@ -148,7 +148,10 @@ def _notes(
 ) -> Iterable[str]:
     """What stands beneath the table."""
     said = dict.fromkeys(note for table in found for note in table.notes)
-    yield from (note for note in said if CLAIM not in note and AT_FLOOR not in note)
+    yield from (note for note in said if CLAIM not in note and AT_FLOOR not in note and UNMET not in note)
+    unmet = [word for note in said if UNMET in note for word in note.removeprefix(UNMET).removesuffix(".").split(", ")]
+    if unmet:
+        yield f"{UNMET}{', '.join(dict.fromkeys(unmet))}."
     if any(cell and cell.at_floor for table in found for line in table.lines for cell in line.cells):
         yield f"‡ {AT_FLOOR}"
     if lines and not all(line.checked for line in lines.values()):

@@ -505,3 +505,137 @@ def test_a_control_follows_its_own_terms_only() -> None:
     assert abs(after - 0.25) < max(abs(start - 0.25) - 0.2, 0.01)  # f is about 1/4 on both values, a step about 0.001
     draw = one(Learned(K=4), model, x, Rng(0), state, trainable(model, state))
     assert float(draw.gradients["control.weight"]) == 0  # in the estimate it is a number, not a parameter
+
+
+# What strangers' models do. Each is measured by the loop, or in batches, but never wrongly and never not at all.
+
+
+class Stranger(nn.Module):
+    """A Gaussian model of 4 pixels and 2 latents, with networks that a stranger puts in."""
+
+    groups = {"generative": ("decoder",), "inference": ("encoder",)}  # noqa: RUF012
+
+    def __init__(self, encoder: nn.Module | None = None, decoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.encoder = encoder or nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+        self.decoder = decoder or nn.Linear(2, 4)
+
+    def guide(self, x: Tensor) -> Independent:
+        mean = self.encoder(x)
+        return Independent(Normal(mean, torch.full_like(mean, 0.5), validate_args=False), 1)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        return Independent(Normal(self.decoder(z), 1.0, validate_args=False), 1).log_prob(x) - 0.5 * z.square().sum(-1)
+
+
+class EmbeddingFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(2, 3), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.table(x.long()).flatten(-2))
+
+
+class Upwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out = nn.ConvTranspose2d(1, 1, 2), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.up(x.reshape(-1, 1, 2, 2)).reshape(*x.shape[:-1], 9))
+
+
+class Branching(nn.Module):
+    """Another layer from some size of the batch on, which two and three replicates do not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 4), nn.Linear(2, 4)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.first(z) if z.numel() < 40 else self.second(self.first(z)[..., :2])
+
+
+class Keyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 4)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layer(input=z)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(2, 2), nn.Linear(2, 4)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.out(self.layer(self.layer(z).tanh()))
+
+
+class SingleByItsCode(Branching):
+    """Of single precision, and mixes rows."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.first(z.float() - z.float().mean())
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: Stranger(EmbeddingFirst()), "a Embedding in the guide has no inputs that all replicates share"),
+        (lambda: Stranger(Upwards()), "a ConvTranspose2d in the guide has no inputs that all replicates share"),
+        (lambda: Stranger(decoder=Branching()), "the calls of its layers change with the data"),
+        (lambda: Stranger(decoder=SingleByItsCode()), "differs by"),
+        (lambda: Stranger(decoder=nn.utils.spectral_norm(nn.Linear(2, 4))), "belongs to a layer of type Linear"),
+    ],
+)
+def test_a_strangers_model_is_measured_by_the_loop_and_told_why(model, reason: str) -> None:
+    torch.manual_seed(0)
+    problem = Problem(model(), data(3, 4).float())
+    with pytest.warns(UserWarning, match=f"one replicate at a time: .*({reason})"):
+        m = measure(problem, parse("iwae:K=2"), replicates=16)
+    assert m.engine == "loop"
+    assert equal(m.variance, measure(problem, parse("iwae:K=2"), replicates=16, engine="loop").variance, 1e-6)
+
+
+@pytest.mark.parametrize("word", ["iwae:K=3", "rloo:K=3", "sgvb-a"])
+def test_layers_called_by_keyword_or_frozen_or_twice_are_batched(word: str) -> None:
+    torch.manual_seed(0)
+    frozen = Stranger(decoder=nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 4)))
+    frozen.decoder[0].weight.requires_grad_(False)
+    for model in (Stranger(decoder=Keyword()), frozen, Stranger(decoder=Twice())):
+        problem = Problem(model.double(), data(3, 4))
+        found, wanted = (
+            measure(problem, parse(word), replicates=16, dtype=torch.float64, engine=engine)
+            for engine in ("auto", "loop")
+        )
+        assert found.engine == "rows"
+        assert found.variance.keys() == wanted.variance.keys()
+        assert equal(found.variance, wanted.variance, 1e-10)
+
+
+def test_squares_too_large_for_their_precision_are_told() -> None:
+    class Huge(Stranger):
+        def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+            return 1e20 * super().log_joint(x, z)
+
+    with pytest.raises(Failure, match="too large for its precision: measure in float64"):
+        measure(Problem(Huge(), data(3, 4).float()), parse("sgvb-a"), replicates=64)
+    assert measure(Problem(Huge(), data(3, 4)), parse("sgvb-a"), replicates=64, dtype=torch.float64).engine == "rows"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"only": ("snr_corected",)}, "unknown metric 'snr_corected'; did you mean 'snr_corrected'"),
+        ({"only": ("snr",), "engine": "ghost"}, "squared norms do not tell snr"),
+        ({"precision": 0.0}, "between 0 and 1, not 0"),
+        ({"precision": 5.0}, "between 0 and 1, not 5"),
+    ],
+)
+def test_a_request_without_sense_is_refused(options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        measure(Problem(vae(), data(3)), parse("iwae:K=2"), replicates=16, **options)
