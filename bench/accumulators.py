@@ -116,7 +116,26 @@ class Pilot:
         return gradient
 
 
-class Dense(Accumulator):
+class Coordinates(Accumulator):
+    """Has the sums of every coordinate, shard by shard, about a pilot."""
+
+    first: list[Tensor]
+    second: list[Tensor]
+    pilot: Pilot | None
+
+    def mean(self, upto: int) -> Tensor:
+        mean = total_of(self.first[:upto]).div_(self.count[:upto].sum())
+        return mean if self.pilot is None else mean + self.pilot.dense
+
+    def _tile(self, units: slice, columns: slice) -> Tile:
+        def of(m: Tensor) -> Tensor:
+            return m.view(-1, self.shape[-1])[units, columns].flatten()
+
+        pilot = None if self.pilot is None else of(self.pilot.dense)
+        return [of(m) for m in self.first], [of(m) for m in self.second], pilot
+
+
+class Dense(Coordinates):
     """Holds the sums of every coordinate; of factors, one gradient is made after the other."""
 
     def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice], pilot: Pilot | None = None) -> None:
@@ -156,19 +175,8 @@ class Dense(Accumulator):
             second.zero_()
         return first, second
 
-    def mean(self, upto: int) -> Tensor:
-        mean = total_of(self.first[:upto]).div_(self.count[:upto].sum())
-        return mean if self.pilot is None else mean + self.pilot.dense
 
-    def _tile(self, units: slice, columns: slice) -> Tile:
-        def of(m: Tensor) -> Tensor:
-            return m.view(-1, self.shape[-1])[units, columns].flatten()
-
-        pilot = None if self.pilot is None else of(self.pilot.dense)
-        return [of(m) for m in self.first], [of(m) for m in self.second], pilot
-
-
-class Paired(Dense):
+class Paired(Coordinates):
     """Of factors with few rows: second moments are sums over pairs of rows, made by one product for all replicates.
 
     Args:
@@ -176,13 +184,10 @@ class Paired(Dense):
     """
 
     def __init__(self, like: Outer, shards: int, slices: Iterable[Slice], centre: Outer | None = None) -> None:
-        Accumulator.__init__(self, like, shards, slices)
+        super().__init__(like, shards, slices)
         self.first = [like.cotangents.new_empty(0)] * shards  # each takes the place of the first product made for it
         self.second = list(self.first)
         self.centre, self.pilot = centre, None if centre is None else Pilot(centre.dense()[0])
-
-    def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
-        return Accumulator._add(self, shard, gradients, towards, wanted)
 
     def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
         assert isinstance(gradients, Outer)

@@ -234,11 +234,6 @@ class _OneGuide:
             return self._model.guide(x)
 
 
-def rows(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State, parameters: Parameters) -> Draw:
-    """A draw for every replicate of `rng` at once, ``{name: [r, *shape]}``, from ``x [B, ...]``; factors multiplied out."""
-    return dense(Batch([estimator], model, x, [state], parameters).draw(rng), 0, parameters)
-
-
 def dense(made: Pass, estimator: int, parameters: Parameters, replicates: slice = slice(None)) -> Draw:
     """The draw of one estimator of a pass, or of some of its replicates, multiplied out."""
     blocks = {name: block[replicates] for name, block in made.blocks.items()}

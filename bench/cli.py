@@ -295,15 +295,20 @@ def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> No
 
     if out is not None:
         store.open_for_writing(out)
-    made = {
-        cell: cell.without_numbers("skipped", reason) for cell in cells if (reason := cell.reason_to_skip()) is not None
-    }
+    made: dict[Any, list[dict[str, Any]]] = {}
+
+    def keep(cell: Any, of_cell: list[dict[str, Any]]) -> None:
+        made[cell] = of_cell
+        if out is not None:
+            store.write_cell(out, cell.key, of_cell, machine.describe())
+
+    for cell in cells:
+        if (reason := cell.reason_to_skip()) is not None:
+            keep(cell, cell.without_numbers("skipped", reason))
     for group in companies([(cell, 0.0) for cell in cells if cell not in made]):
         together = [cell for cell, _ in group]
-        made |= {cell: rows for cell, (rows, _, _) in zip(together, attempt_together(together), strict=True)}
-    if out is not None:
-        for cell in cells:
-            store.write_cell(out, cell.key, made[cell], machine.describe())
+        for cell, (of_cell, _, _) in zip(together, attempt_together(together), strict=True):
+            keep(cell, of_cell)
     rows = [row for cell in cells for row in made[cell]]
     if out is not None:
         store.write_index(out, "measure", "One comparison", "", [cell.key for cell in cells])

@@ -52,6 +52,8 @@ class Folding:
         self._shards: list[tuple[range, int]] = []
         # By replicate. Kept in pieces, they would lie scattered over a heap of passing things, and keep it from shrinking.
         self._scalars: list[dict[str, Array]] = [{} for _ in estimators]
+        self._along: list[dict[str, Array]] = [{} for _ in estimators]  # by group
+        self._squared: list[dict[str, Array]] = [{} for _ in estimators]
         self._projected = [0] * self.number
         self._to_project = [0] * self.number
         self._finished: dict[tuple[object, ...], Moments] = {}
@@ -161,18 +163,16 @@ class Folding:
                 for number in range(self.number)
             ]
             for name, values in self._scalars[estimator].items()
-            if " " not in name
         }
 
     def projections(self, estimator: int) -> dict[str, list[tuple[Array, Array]]]:
         """Per group and shard of the second half, inner product with the direction and squared norm of each replicate."""
-        kept, found = self._scalars[estimator], {}
-        for group in self.parameters[estimator]:
-            along, squared = kept[f"along {group}"], kept[f"squared {group}"]
-            begun = [(number, self._shards[number][0].start) for number in range(self.half, self.number)]
-            of = [slice(start, start + self._projected[number]) for number, start in begun]
-            found[group] = [(along[rows].copy(), squared[rows].copy()) for rows in of]
-        return found
+        begun = [(number, self._shards[number][0].start) for number in range(self.half, self.number)]
+        of = [slice(start, start + self._projected[number]) for number, start in begun]
+        along, squared = self._along[estimator], self._squared[estimator]
+        return {
+            g: [(along[g][rows].copy(), squared[g][rows].copy()) for rows in of] for g in self.parameters[estimator]
+        }
 
     def _begin(self, made: Pass) -> None:
         self.parts = made.parts
@@ -191,7 +191,7 @@ class Folding:
         means = {name: values.mean(-1) for name, values in shared.items()}
         for e, estimator in enumerate(self.estimators):
             for name, values in ({"objective": estimator.objective(log_w).mean(-1)} | means).items():
-                self._put(e, name, start, values)
+                self._put(self._scalars[e], name, start, values)
 
     def _keep(self, projections: Mapping[str, Projections], start: int, wanted: int) -> None:
         """Keep the projections of some replicates from `start` on."""
@@ -205,16 +205,16 @@ class Folding:
                 along, squared = (sum(values).double() for values in zip(*pairs or [nothing], strict=True))
                 # What lies across the direction is not told by digits that are not there.
                 steady = squared - along.square() < least * squared
-                self._put(e, f"along {group}", start, along)
-                self._put(e, f"squared {group}", start, torch.where(steady, along.square(), squared))
+                self._put(self._along[e], group, start, along)
+                self._put(self._squared[e], group, start, torch.where(steady, along.square(), squared))
 
-    def _put(self, estimator: int, name: str, start: int, values: Tensor) -> None:
-        kept = self._scalars[estimator].get(name)
+    def _put(self, into: dict[str, Array], name: str, start: int, values: Tensor) -> None:
+        kept = into.get(name)
         if kept is None or len(kept) < self.replicates:
             grown = np.empty(self.replicates)
             if kept is not None:
                 grown[: len(kept)] = kept
-            kept = self._scalars[estimator][name] = grown
+            kept = into[name] = grown
         kept[start : start + len(values)] = values.double().cpu().numpy()
 
     def _pieces(self, replicates: range) -> Iterator[tuple[int, slice]]:

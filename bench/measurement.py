@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradiometer.bench import metrics
-from gradiometer.bench.accumulators import SHARED_FEW, Cancelled
+from gradiometer.bench.accumulators import Cancelled
 from gradiometer.bench.folding import Failure, Folding
 from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.measured import Measurement, of_moments
@@ -141,17 +141,15 @@ def measure_all(
             state = settled(estimator, model, x, seed)
             subjects.append(Subject(estimator, counted, x, state, trainable(model, state)))
         asked = _Asked(problem, replicates, seed, means, precision, budget or 100 * replicates, units)
-        traces = engine == "ghost" or (engine == "auto" and bool(only) and not set(only) & set(metrics.OF_COORDINATES))
         found: dict[int, Measurement] = {}
         waiting = plans(subjects, engine, seed, memory, chunk)
+        if engine == "auto" and only and not set(only) & set(metrics.OF_COORDINATES):
+            waiting = [replace(p, engine="ghost") if p.gains_from_traces else p for p in waiting]
         while waiting:
             plan = waiting.pop(0)
-            if traces and plan.engine == "rows" and 1 < plan.rows_each <= SHARED_FEW:
-                plan = replace(plan, engine="ghost")
             try:
                 made = asked.of(plan)
             except (Cancelled, NotRows, torch.OutOfMemoryError) as error:
-                traces = traces and not isinstance(error, Cancelled)
                 waiting = [*_another_way(plan, error, engine), *waiting]
             else:
                 found |= {id(subject): m for subject, m in zip(plan.subjects, made, strict=True)}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gradiometer.bench.accumulators import SHARED_FEW
 from gradiometer.bench.batched import Batch, dense, together
 from gradiometer.bench.gradients import Parameters, one, trainable
 from gradiometer.bench.moments import SHARDS
@@ -58,9 +59,10 @@ class Plan:
     note: str = ""
 
     @property
-    def rows_each(self) -> int:
-        """Particles of one replicate, over its data points."""
-        return len(self.subjects[0].x) * self.subjects[0].estimator.K
+    def gains_from_traces(self) -> bool:
+        """Whether squared norms cost less than second moments: of more than one row in a replicate, and of few."""
+        rows = len(self.subjects[0].x) * self.subjects[0].estimator.K
+        return self.engine == "rows" and 1 < rows <= SHARED_FEW
 
     def halved(self) -> Plan:
         """The same with half as many replicates at a time, since memory ran out."""

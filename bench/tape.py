@@ -264,14 +264,13 @@ class Tape:
                 inputs, cotangents = (
                     self._replicates_first(call, t, columns) for t in (factors.inputs, factors.cotangents)
                 )
-                if columns is None:
-                    bias = cotangents.sum(1).unsqueeze(-1)
-                else:
-                    inputs, bias = _weighted(inputs, columns), _summed(factors.cotangents, columns)
                 alone = owners[0][0] if columns is None else None
+                if columns is not None:
+                    inputs = _weighted(inputs, columns)
                 self._add(factors.weight, Outer(inputs, cotangents), owners, alone)
                 if factors.bias is not None:
-                    self._add(factors.bias, bias, owners, alone)
+                    plain = cotangents.sum(1).unsqueeze(-1) if columns is None else _summed(factors.cotangents, columns)
+                    self._add(factors.bias, plain, owners, alone)
 
     def put_free(self, name: str, slope: Tensor | None, owners: Sequence[int]) -> None:
         """Add a gradient ``[R, 1, *shape]`` of the copies of a parameter outside layers."""

@@ -6,7 +6,7 @@ from oracles import scrambled
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from gradiometer.bench.batched import rows
+from gradiometer.bench.batched import Batch, dense
 from gradiometer.bench.gradients import Draw, one, trainable
 from gradiometer.bench.models.toys import Expectation, FunctionToy
 from gradiometer.bench.models.vae import VAE, Architecture
@@ -59,7 +59,8 @@ def twins(estimator: Estimator, model: nn.Module, x: Tensor, replicates: range) 
     """The same replicates as one batch, and one at a time."""
     state = memory(estimator, model, x)
     parameters = trainable(model, state)
-    batched = rows(estimator, model, x, Rng(7, replicates), state, parameters)
+    made = Batch([estimator], model, x, [state], parameters).draw(Rng(7, replicates))
+    batched = dense(made, 0, parameters)
     return batched, [one(estimator, model, x, Rng(7, r), state, parameters) for r in replicates]
 
 
