@@ -25,6 +25,7 @@ from gradiometer.bench.measurement import Engine, measure_all
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.named import digest, fresh, held_out_of, named_problem
 from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.records import code_of, passed
 from gradiometer.bench.replicates import MEMORY
 from gradiometer.bench.statistics import jackknife
 from gradiometer.bench.training import Recipe, train
@@ -135,6 +136,8 @@ class Cell:
             "model": name.partition(":")[0],
             "snapshot": snapshot,
             "estimator": self.estimator,
+            "code": code_of(estimator),
+            "checked": passed(estimator),
             "family": estimator.facts.family,
             "K": estimator.K,
             "B": self.batch,

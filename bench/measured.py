@@ -13,6 +13,7 @@ import numpy as np
 from gradiometer.bench import metrics
 from gradiometer.bench.moments import Array, Moments
 from gradiometer.bench.problems import Problem
+from gradiometer.bench.records import code_of, passed
 from gradiometer.bench.statistics import Value, exact, jackknife
 from gradiometer.estimators.base import Estimator
 
@@ -91,6 +92,8 @@ class Measurement:
             "problem": self.problem.name,
             **self.problem.about,
             "estimator": str(self.estimator),
+            "code": code_of(self.estimator),
+            "checked": passed(self.estimator),
             "family": self.estimator.facts.family,
             "K": self.estimator.K,
             "B": len(self.problem.x),
@@ -107,6 +110,7 @@ class Measurement:
         found = [about | row_of(name, value) for name, value in self.values().items()]
         for group in self.groups:
             of_group = {"group": group, "space": "group", "ascends": self.estimator.facts.objective_of(group)}
+            of_group["biased"] = group in self.estimator.facts.biased
             found += [about | of_group | row_of(name, value) for name, value in self.metrics(group).items()]
         return found
 

@@ -20,14 +20,15 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 COLUMNS = (
     "suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "digest", "step", "seconds",
-    "estimator", "family", "K", "B", "evaluations", "seed", "device", "dtype", "threads", "engine", "chunk",
-    "group", "ascends", "tensor", "metric", "space", "randomness", "reduction", "scale", "unit", "version",
-    "value", "stderr", "low", "high", "replicates", "precision_met", "checked", "status", "reason", "manifest", "jackknife",
+    "estimator", "code", "family", "K", "B", "evaluations", "seed", "device", "dtype", "threads", "engine", "chunk",
+    "group", "ascends", "biased", "tensor", "metric", "space", "randomness", "reduction", "scale", "unit", "version",
+    "value", "stderr", "low", "high", "replicates", "tails", "precision_met", "checked", "status", "reason",
+    "manifest", "jackknife",
 )  # fmt: skip
 NUMBERS = frozenset(
     {"step", "seconds", "K", "B", "evaluations", "seed", "replicates", "version", "value", "stderr", "low", "high"}
 )
-TEXT = frozenset(COLUMNS) - NUMBERS - {"threads", "chunk", "precision_met", "checked", "jackknife"}
+TEXT = frozenset(COLUMNS) - NUMBERS - {"threads", "chunk", "precision_met", "checked", "biased", "jackknife"}
 
 
 def open_for_writing(folder: Path) -> None:
@@ -166,7 +167,8 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
         table[name] = table[name].astype(object).where(table[name].notna(), "")
     for name in NUMBERS:
         table[name] = pd.to_numeric(table[name])
-    table["checked"] = table["checked"].astype(object).where(table["checked"].notna(), False).astype(bool)
+    for name in ("checked", "biased"):
+        table[name] = table[name].astype(object).where(table[name].notna(), False).astype(bool)
     return table
 
 

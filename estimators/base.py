@@ -43,6 +43,12 @@ class Facts:
         biased: the groups whose gradient is not unbiased for that objective.
         needs: capabilities a problem must offer ("rsample", "kl", "moments", ...).
         least_particles: the smallest K that makes sense.
+        rescaled: the groups whose gradient has the objective's direction and a positive factor of its own.
+        noiseless: the inference gradient has no noise where the guide is the exact posterior.
+        same_draws: from settings of this estimator to the one whose gradients it then gives, draw by draw and at the same K:
+            ``{"K=1": "sgvb-a"}``; the settings "" are any.
+        same_mean: likewise, to one whose expectation it has.
+        variants: settings that change what is claimed, to be checked like estimators of their own.
         couples_data: the gradient of one data point depends on the others of its batch.
         replicates_as_rows: false if replicates cannot be rows of one batch (it perturbs network weights, say).
         cite: BibTeX key.
@@ -54,6 +60,11 @@ class Facts:
     biased: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     least_particles: int = 1
+    rescaled: tuple[str, ...] = ()
+    noiseless: bool = False
+    same_draws: Mapping[str, str] = field(default_factory=dict)
+    same_mean: Mapping[str, str] = field(default_factory=dict)
+    variants: tuple[str, ...] = ()
     couples_data: bool = False
     replicates_as_rows: bool = True
     cite: str = ""
@@ -153,11 +164,11 @@ class Weighted(Estimator):
 
     @abstractmethod
     def coefficients(self, log_w: Tensor) -> Coefficients:
-        """The columns, from the detached log weights ``[K, *batch]`` less the baseline."""
+        """The columns, from the `signal` ``[K, *batch]``."""
 
-    def baseline(self, x: Tensor, state: State) -> Tensor | float:
-        """Subtracted from the log weights before the columns are formed; broadcasts to ``[*batch]``."""
-        return 0.0
+    def signal(self, log_w: Tensor, x: Tensor, state: State) -> Tensor:
+        """What the columns are formed from: the detached log weights ``[K, *batch]``, less a baseline where there is one."""
+        return log_w
 
     def observe(self, log_w: Tensor) -> Mapping[str, Tensor]:
         """What the tracked averages follow."""
@@ -169,7 +180,7 @@ class Weighted(Estimator):
         z = rng.rsample(q, self.K) if pathwise else rng.sample(q, self.K)  # [K, *batch, *event]
         log_p, log_q = model.log_joint(x, z), q.log_prob(z)  # [K, *batch]
         log_w = (log_p - log_q).detach()
-        columns = self.coefficients(log_w - self.baseline(x, state))
+        columns = self.coefficients(self.signal(log_w, x, state))
         a, b, c = columns.generative, columns.pathwise, columns.score
         # The generative term is differentiated by theta alone, so z need not be detached in it.
         terms = {"generative": (a * log_p).sum(0), "inference": 0.0 * log_q.sum(0)}

@@ -20,7 +20,14 @@ class IWAE(Weighted):
     """Pathwise gradient of the K-sample bound (Burda et al. 2016)."""
 
     K: int = 8
-    facts = Facts("iwae", family=FAMILY, objective="iwelbo", needs=("rsample",), cite="burda2016importance")
+    facts = Facts(
+        "iwae",
+        family=FAMILY,
+        objective="iwelbo",
+        needs=("rsample",),
+        same_draws={"K=1": "sgvb-a"},
+        cite="burda2016importance",
+    )
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         w = normalized(log_w)
@@ -33,7 +40,15 @@ class DReG(Weighted):
     """Doubly reparameterised gradient of the K-sample bound (Tucker et al. 2019)."""
 
     K: int = 8
-    facts = Facts("dreg", family=FAMILY, objective="iwelbo", needs=("rsample",), cite="tucker2019dreg")
+    facts = Facts(
+        "dreg",
+        family=FAMILY,
+        objective="iwelbo",
+        needs=("rsample",),
+        noiseless=True,
+        same_draws={"K=1": "stl"},
+        cite="tucker2019dreg",
+    )
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         w = normalized(log_w)
@@ -67,7 +82,15 @@ class VR(Weighted):
 
     K: int = 8
     alpha: float = 0.5
-    facts = Facts("vr", family=FAMILY, objective="renyi bound", needs=("rsample",), cite="li2016renyi")
+    facts = Facts(
+        "vr",
+        family=FAMILY,
+        objective="renyi bound",
+        needs=("rsample",),
+        same_draws={"K=1": "sgvb-a", "alpha=1": "sgvb-a", "alpha=0": "iwae"},
+        variants=("alpha=-1", "alpha=2"),
+        cite="li2016renyi",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +117,14 @@ class CIWAE(Weighted):
 
     K: int = 8
     beta: float = 0.5
-    facts = Facts("ciwae", family=FAMILY, objective="ciwae bound", needs=("rsample",), cite="rainforth2018tighter")
+    facts = Facts(
+        "ciwae",
+        family=FAMILY,
+        objective="ciwae bound",
+        needs=("rsample",),
+        same_draws={"K=1": "sgvb-a", "beta=1": "sgvb-a", "beta=0": "iwae"},
+        cite="rainforth2018tighter",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -83,6 +83,7 @@ class NVI(Estimator):
         objective={"generative": "iwelbo", "inference": "elbo", "kernels": "nested KL", "path": "nested KL"},
         biased=("kernels", "path"),
         needs=("rsample", "gaussian"),
+        variants=("levels=3", "levels=3,resample=systematic,path=learned"),
         cite="zimmermann2021nested",
     )
 

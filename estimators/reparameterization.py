@@ -31,7 +31,14 @@ class SGVBA(Weighted):
 class STL(Weighted):
     """Pathwise gradient of the ELBO without the score of the guide; noiseless at the exact posterior (Roeder et al. 2017)."""
 
-    facts = Facts("stl", family="reparameterization", objective="elbo", needs=("rsample",), cite="roeder2017sticking")
+    facts = Facts(
+        "stl",
+        family="reparameterization",
+        objective="elbo",
+        needs=("rsample",),
+        noiseless=True,
+        cite="roeder2017sticking",
+    )
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         mean = full_like(log_w, 1 / self.K)

@@ -43,8 +43,8 @@ class MovingAverage(Weighted):
     def init_state(self, model: Any, x: Tensor) -> State:
         return State(tracked={"signal": Average(self.decay)})
 
-    def baseline(self, x: Tensor, state: State) -> Tensor | float:
-        return state.tracked["signal"].value
+    def signal(self, log_w: Tensor, x: Tensor, state: State) -> Tensor:
+        return log_w - state.tracked["signal"].value
 
     def observe(self, log_w: Tensor) -> Mapping[str, Tensor]:
         return {"signal": log_w}
@@ -62,7 +62,9 @@ class RLOO(Weighted):
     """
 
     K: int = 8
-    facts = Facts("rloo", family="score-function", objective="elbo", least_particles=2, cite="kool2019buy")
+    facts = Facts(
+        "rloo", family="score-function", objective="elbo", least_particles=2, noiseless=True, cite="kool2019buy"
+    )
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         return Coefficients(generative=full_like(log_w, 1 / self.K), score=(log_w - mean_of_others(log_w)) / self.K)

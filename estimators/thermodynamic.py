@@ -36,6 +36,7 @@ class TVO(Weighted):
         objective="tvo",
         biased=("generative", "inference"),
         least_particles=2,
+        variants=("partitions=1",),
         cite="masrani2019thermodynamic",
     )
 

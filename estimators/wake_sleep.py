@@ -42,7 +42,14 @@ class RWSDReG(Weighted):
     """
 
     K: int = 8
-    facts = replace(RWS.facts, name="rws-dreg", needs=("rsample",), cite="tucker2019dreg")
+    facts = replace(
+        RWS.facts,
+        name="rws-dreg",
+        needs=("rsample",),
+        noiseless=True,
+        same_mean={"": "rws"},
+        cite="tucker2019dreg",
+    )
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         w = normalized(log_w)

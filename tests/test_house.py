@@ -28,7 +28,7 @@ ESTIMATOR_STAIRS = (
 BENCH_STAIRS = (
     {"errors"},
     {"data", "metrics", "statistics", "machine"},
-    {"console"},
+    {"console", "records"},
     {"models", "products"},
     {"outer", "calls"},
     {"moments", "gradients"},
