@@ -43,6 +43,7 @@ class Facts:
         biased: the groups whose gradient is not unbiased for that objective.
         needs: capabilities a problem must offer ("rsample", "kl", "moments", ...).
         least_particles: the smallest K that makes sense.
+        consistent: the biased groups whose bias vanishes as K grows.
         rescaled: the groups whose gradient has the objective's direction and a positive factor of its own.
         noiseless: the inference gradient has no noise where the guide is the exact posterior.
         same_draws: from settings of this estimator to the one whose gradients it then gives, draw by draw and at the same K:
@@ -60,6 +61,7 @@ class Facts:
     biased: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     least_particles: int = 1
+    consistent: tuple[str, ...] = ()
     rescaled: tuple[str, ...] = ()
     noiseless: bool = False
     same_draws: Mapping[str, str] = field(default_factory=dict)
@@ -104,7 +106,11 @@ class Average:
 
 @dataclass
 class State:
-    """What an estimator remembers between steps: `tracked` averages, and `learned` modules, one parameter group each."""
+    """What an estimator remembers between steps: `tracked` averages, and `learned` modules, one parameter group each.
+
+    A learned group is part of the estimate, and is measured, if ``facts.objective`` is a mapping that names it; the others are
+    baselines and control variates, which only training moves.
+    """
 
     tracked: dict[str, Average] = field(default_factory=dict)
     learned: dict[str, nn.Module] = field(default_factory=dict)
@@ -170,7 +176,7 @@ class Weighted(Estimator):
         """What the columns are formed from: the detached log weights ``[K, *batch]``, less a baseline where there is one."""
         return log_w
 
-    def observe(self, log_w: Tensor) -> Mapping[str, Tensor]:
+    def observe(self, log_w: Tensor, x: Tensor, state: State) -> Mapping[str, Tensor]:
         """What the tracked averages follow."""
         return {}
 
@@ -191,4 +197,4 @@ class Weighted(Estimator):
             # log q(z) also holds phi directly; b log q(stop(z)) takes that part out again, exactly, for any distribution.
             held = b if c is None else b + c
             terms["inference"] = (b * (log_p - log_q) + held * q.log_prob(z.detach())).sum(0)
-        return Surrogate(terms, log_w, self.observe(log_w))
+        return Surrogate(terms, log_w, self.observe(log_w, x, state))

@@ -11,6 +11,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from gradiometer.estimators.base import Estimator
@@ -48,15 +49,15 @@ def catalogue() -> dict[str, type[Estimator]]:
     return dict(sorted(_REGISTRY.items()))
 
 
-def load_plugin(path: str | Path) -> None:
-    """Run a Python file so that the estimators it registers are known."""
+def load_plugin(path: str | Path) -> ModuleType:
+    """Run a Python file so that the estimators it registers are known; its module."""
     path = Path(path).resolve()
     if not path.is_file():
         raise ValueError(f"no plugin file {path}")
     # One name per path, so that a file loaded twice in a process is the same module.
     name = f"gradiometer_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
-        return
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is not a Python file")
@@ -68,6 +69,7 @@ def load_plugin(path: str | Path) -> None:
         del sys.modules[name]
         said = (str(error).splitlines() or [""])[0]
         raise ValueError(f"the plugin {path} cannot be loaded: {type(error).__name__}: {said}") from error
+    return module
 
 
 def parse(word: str) -> Estimator:

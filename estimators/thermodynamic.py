@@ -35,6 +35,7 @@ class TVO(Weighted):
         family="thermodynamic",
         objective="tvo",
         biased=("generative", "inference"),
+        consistent=("generative", "inference"),
         least_particles=2,
         variants=("partitions=1",),
         cite="masrani2019thermodynamic",
@@ -47,7 +48,7 @@ class TVO(Weighted):
         if not 0 < self.beta1 < 1:
             raise ValueError(f"tvo needs 0 < beta1 < 1, not beta1={self.beta1}")
         if self.partitions == 1:  # weights are equal, so nothing is self-normalised
-            object.__setattr__(self, "facts", replace(self.facts, biased=()))
+            object.__setattr__(self, "facts", replace(self.facts, biased=(), consistent=()))
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         unbiased = self.K / (self.K - 1)  # for covariances: the mean holds the particle's own signal

@@ -25,6 +25,7 @@ class RWS(Weighted):
         family="wake-sleep",
         objective={"generative": "iwelbo", "inference": "inclusive KL"},
         biased=("inference",),
+        consistent=("inference",),
         cite="bornschein2015reweighted",
     )
 

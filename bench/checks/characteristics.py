@@ -1,0 +1,98 @@
+"""What is measured of an estimator that passed: its evaluations, how it is run and how fast, and how its SNR goes with K."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradiometer.bench.checks.claims import Claim
+from gradiometer.bench.checks.exact import at
+from gradiometer.bench.checks.identities import apart
+from gradiometer.bench.checks.worlds import wide
+from gradiometer.bench.measured import Measurement
+from gradiometer.bench.measurement import measure
+from gradiometer.bench.models.settings import TOYS
+from gradiometer.bench.problems import Problem
+from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.registry import configured, parse
+
+REPLICATES = 24
+COUNTS = (2, 4, 8, 16, 32)
+
+
+def _problem(estimator: Estimator) -> Problem:
+    return next(world.problem for world in reversed(wide()) if world.admits(estimator))
+
+
+def engine_agrees(estimator: Estimator) -> Claim:
+    """The moments of the way that the harness chooses, in odd chunks, are those of one replicate at a time."""
+    problem = _problem(estimator)
+    fast, slow = (
+        measure(problem, estimator, replicates=REPLICATES, dtype=torch.float64, engine=engine, chunk=chunk)  # type: ignore[arg-type]
+        for engine, chunk in (("auto", 7), ("loop", None))
+    )
+    worst = max(apart(_tensors(getattr(fast, kind)), _tensors(getattr(slow, kind)))[0] for kind in ("mean", "variance"))
+    said = f"mean and variance by {fast.engine}, in chunks of 7, and one by one"
+    return Claim("engine", worst < 1e-9, problem.name, said, worst, 1e-9)
+
+
+def _tensors(of: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: torch.as_tensor(value) for name, value in of.items()}
+
+
+def characteristics(estimator: Estimator, level: str) -> dict[str, Any]:
+    problem = _problem(estimator)
+    measured = measure(problem, estimator, replicates=64)
+    found: dict[str, Any] = {"evaluations": measured.evaluations, "engine": measured.engine}
+    plain = at(parse("sgvb-a" if "gaussian" in problem.name else "reinforce"), estimator.K)
+    if plain is not None:
+        found |= {"relative_time": _relative_time(problem, estimator, plain), "relative_to": str(plain)}
+    found["snr_exponents"] = _exponents(estimator, 512 if level == "quick" else 8192)
+    return found
+
+
+def _relative_time(problem: Problem, estimator: Estimator, plain: Estimator) -> float:
+    """Of measuring, interleaved, medians."""
+    ratios = []
+    for _ in range(3):
+        times = []
+        for one in (estimator, plain):
+            began = time.perf_counter()
+            measure(problem, one, replicates=128)
+            times.append(time.perf_counter() - began)
+        ratios.append(times[0] / times[1])
+    return statistics.median(ratios)
+
+
+def _exponents(estimator: Estimator, replicates: int) -> dict[str, Any]:
+    """By group, the slope of log SNR (its floor removed) against log K, with its jackknife error."""
+    setting = "gaussian-toy" if "rsample" in estimator.facts.needs else "enumerable-vae"
+    model, data = configured(TOYS[setting], setting, "").build()
+    problem = Problem(model, data[:1], name=setting)
+    if problem.lacks(estimator):
+        return {}
+    known = [one for K in COUNTS if (one := at(estimator, K)) is not None]
+    measured = [measure(problem, one, replicates=replicates) for one in known]
+    found = {}
+    for group in measured[0].groups:
+        slope = _slope(measured, group)
+        if slope is not None:
+            found[group] = slope | {"K": [one.K for one in known], "on": setting}
+    return found
+
+
+def _slope(measured: list[Measurement], group: str) -> dict[str, Any] | None:
+    values = [m.metrics(group)["snr_corrected"] for m in measured]
+    table = np.array([[v.value, *v.jackknife] for v in values])
+    if len(values) < 3 or not (np.isfinite(table).all() and (table > 0).all()):
+        return None
+    x = np.log([m.estimator.K for m in measured])
+    slopes = np.polyfit(x, np.log(table), 1)[0]  # of all shards, and without each
+    shards = len(slopes) - 1
+    error = math.sqrt((shards - 1) / shards * ((slopes[1:] - slopes[1:].mean()) ** 2).sum())
+    return {"value": float(slopes[0]), "stderr": error}

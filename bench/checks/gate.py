@@ -1,0 +1,168 @@
+"""`check`: everything an estimator claims, tested; what it costs, measured; and mistakes planted in it, to see them found."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from gradiometer.bench.checks import exact, identities
+from gradiometer.bench.checks.card import Card
+from gradiometer.bench.checks.characteristics import characteristics, engine_agrees
+from gradiometer.bench.checks.claims import Broken, Claim
+from gradiometer.bench.checks.consistency import consistent
+from gradiometer.bench.checks.faults import faults
+from gradiometer.bench.checks.means import no_bias_found
+from gradiometer.bench.checks.trials import Schedule
+from gradiometer.bench.checks.worlds import World, small, wide
+from gradiometer.bench.gradients import trainable
+from gradiometer.bench.records import code_of
+from gradiometer.estimators.base import Estimator
+
+Level = Literal["quick", "full"]
+
+
+@dataclass(frozen=True)
+class Thoroughness:
+    """What a level spends.
+
+    Attributes:
+        particles: K of the exact comparisons, beside the smallest that an estimator can have.
+        effort: of Sobol rules.
+        schedule: of the sequential tests.
+        everywhere: mistakes are planted on every world, not on the first.
+    """
+
+    particles: tuple[int, ...]
+    effort: exact.Effort
+    schedule: Schedule
+    everywhere: bool
+
+
+LEVELS: dict[str, Thoroughness] = {
+    "quick": Thoroughness((2, 3), exact.Effort(randomisations=16), Schedule(256, 4, 1e-5), False),
+    "full": Thoroughness((1, 2, 3, 4), exact.Effort(points=12), Schedule(256, 7, 1e-5), True),
+}
+
+
+def check(estimator: Estimator, level: Level = "quick") -> Card:
+    """Hold an estimator to its facts.
+
+    Args:
+        estimator: ours or a stranger's, at the settings that are meant; its K is that of the statistical tests.
+        level: "quick" takes seconds, "full" a minute or two.
+
+    Example:
+        >>> from gradiometer.estimators import parse
+        >>> check(parse("stl")).passed
+        True
+    """
+    began = time.perf_counter()
+    how = LEVELS[level]
+    claims: list[Claim] = []
+    planted: dict[str, bool] = {}
+    about: dict[str, Any] = {}
+    worlds = [world for world in small() if world.admits(estimator)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the engine, which says it in a claim
+        for part in (_identities, _exact, _statistical):
+            claims += _guarded(part.__name__, lambda part=part: part(estimator, worlds, how))
+            if any(claim.name in identities.FIRST and claim.holds is False for claim in claims):
+                break  # its expectation means nothing
+        claims = _settled(claims)
+        if not any(claim.holds is False for claim in claims):
+            planted = dict(_planted(estimator, worlds, how))
+            claims += _guarded("engine", lambda: [engine_agrees(estimator)])
+            with contextlib.suppress(Exception):
+                about = characteristics(estimator, level)
+    objective = estimator.facts.objective
+    said = (
+        objective if isinstance(objective, str) else ", ".join(f"{group}: {name}" for group, name in objective.items())
+    )
+    return Card(
+        str(estimator), estimator.facts.family, f"ascends {said}", code_of(estimator), level, claims, planted, about,
+        time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _guarded(name: str, part: Any) -> list[Claim]:
+    """A part's claims; whatever a stranger's code raises is a broken claim."""
+    found: list[Claim] = []
+    try:
+        found.extend(part())
+    except Broken as broken:
+        found.append(Claim("runs", False, name.strip("_"), str(broken)))
+    except Exception as error:
+        said = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        found.append(Claim("runs", False, name.strip("_"), said))
+    return found
+
+
+def _identities(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[Claim]:
+    if not worlds:
+        needs = ", ".join(estimator.facts.needs)
+        raise Broken(f"no model here offers what it needs ({needs})")
+    for world in worlds:
+        yield from identities.identities(estimator, world)
+    if estimator.facts.noiseless:
+        yield identities.noiseless(estimator)
+
+
+def _exact(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[Claim]:
+    for world in worlds:
+        for one in _at_particles(estimator, how):
+            if world.most >= one.K:
+                yield from exact.claims(one, world, how.effort)
+    yield from consistent(estimator)
+
+
+def _at_particles(estimator: Estimator, how: Thoroughness) -> Iterator[Estimator]:
+    for K in sorted({estimator.facts.least_particles, *how.particles}):
+        if (one := exact.at(estimator, K)) is not None:
+            yield one
+
+
+def _statistical(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[Claim]:
+    for world in wide():
+        if world.admits(estimator):
+            yield from no_bias_found(estimator, world, how.schedule)
+
+
+def _settled(claims: Sequence[Claim]) -> list[Claim]:
+    """A bias that was declared need show on one world only; where it does not, on none, the claim is broken."""
+    shown = {c.where.split(",")[0] for c in claims if c.name == "biased as declared" and c.holds}
+    kept = [c for c in claims if c.name != "biased as declared" or c.holds or c.holds is None]
+    missing: dict[str, Claim] = {}
+    for claim in claims:
+        group = claim.where.split(",")[0]
+        if claim.name == "biased as declared" and claim.holds is False and group not in shown:
+            said = f"declared biased, and unbiased wherever it was looked at (off by {claim.off:.1g}): drop it from `biased`"
+            missing.setdefault(group, replace(claim, says=said))
+    return [*kept, *missing.values()]
+
+
+def _planted(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[tuple[str, bool]]:
+    for world in worlds if how.everywhere else worlds[:1]:
+        small_one = exact.at(estimator, max(2, estimator.facts.least_particles)) or estimator
+        state = identities.experienced(small_one, world)
+        groups = {g: m for g, m in trainable(world.model, state).items() if g in world.model.groups}  # type: ignore[operator]
+        for fault in faults(small_one, groups):
+            found = _found(fault, world, how)
+            yield f"{fault.name} ({world.name})", found
+
+
+def _found(fault: Any, world: World, how: Thoroughness) -> bool:
+    try:
+        claims = [*exact.claims(fault.estimator, world, how.effort, fault.planted)]
+        claims += consistent(fault.estimator, fault.planted)
+        if fault.planted is None:
+            claims += identities.identities(fault.estimator, world)
+        return any(claim.holds is False for claim in claims if claim.name != "biased as declared")
+    except Exception:
+        return True
+
+
+__all__ = ["LEVELS", "Level", "check"]

@@ -1,0 +1,159 @@
+"""The sequential test on models of about a thousand parameters: against the exact gradient, or a trusted one on the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gradiometer.bench.batched import Batch, dense
+from gradiometer.bench.checks.claims import Claim
+from gradiometer.bench.checks.exact import at
+from gradiometer.bench.checks.identities import experienced
+from gradiometer.bench.checks.targets import objective_of, target
+from gradiometer.bench.checks.trials import Array, Schedule, Source, Verdict, trial
+from gradiometer.bench.checks.worlds import World
+from gradiometer.bench.gradients import one, trainable
+from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.registry import parse
+
+CHUNK = 512  # replicates whose gradients are held at once
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each parameter lies in a flat gradient, and the blocks that are tested: tensors, groups, everything."""
+
+    columns: Mapping[str, slice]
+    blocks: Mapping[str, slice]
+
+    @classmethod
+    def of(cls, groups: Mapping[str, Mapping[str, torch.Tensor]]) -> Layout:
+        columns, blocks, start = {}, {}, 0
+        for group, members in groups.items():
+            begun = start
+            for name, parameter in members.items():
+                columns[name] = slice(start, start + parameter.numel())
+                start += parameter.numel()
+            blocks[group] = slice(begun, start)
+        return cls(columns, {**columns, **blocks, "all parameters": slice(0, start)})
+
+    def flat(self, gradients: Mapping[str, torch.Tensor]) -> Array:
+        return np.concatenate([gradients[name].detach().reshape(-1).double().numpy() for name in self.columns])
+
+
+def no_bias_found(estimator: Estimator, world: World, schedule: Schedule) -> Iterator[Claim]:
+    """A claim on the groups whose mean is known, if there are any."""
+    groups = {
+        group: members
+        for group, members in trainable(world.model, experienced(estimator, world)).items()
+        if group in world.model.groups  # type: ignore[operator]
+        and group not in estimator.facts.biased
+        and group not in estimator.facts.rescaled
+    }
+    if not groups or (made := _errors(estimator, world, groups)) is None:
+        return
+    source, towards, layout, against = made
+    verdict = trial(source, layout.blocks, towards, schedule)
+    yield _claim(verdict, f"{world.name}, K = {estimator.K}", against, schedule)
+
+
+def _claim(verdict: Verdict, where: str, against: str, schedule: Schedule) -> Claim:
+    worst = max(verdict.scale.values(), default=float("nan"))
+    if not verdict.found:
+        said = (
+            f"{where}, {verdict.replicates} replicates against {against}; would see {verdict.coordinate:.2g} sd in one "
+            f"coordinate, {100 * worst:.2g} % of a layer's scale"
+        )
+        return Claim("no bias found", True, where, said, detectable=verdict.coordinate)
+    size = f"{100 * verdict.size:.2g} % of its scale" if verdict.kind == "scale" else f"{verdict.size:.2g} sd"
+    said = (
+        f"biased in {verdict.where} ({verdict.kind}) by {size}, against {against}: t = {verdict.t:.1f} where "
+        f"{verdict.threshold:.1f} would do, after {verdict.replicates} replicates"
+    )
+    return Claim("no bias found", False, where, said, verdict.size, verdict.coordinate)
+
+
+def _errors(
+    estimator: Estimator, world: World, groups: Mapping[str, Mapping[str, torch.Tensor]]
+) -> tuple[Source, Array, Layout, str] | None:
+    """What a trial takes: errors of replicates, the exact or trusted gradient, where everything lies, and its name."""
+    layout = Layout.of(groups)
+    own = gradients(estimator, world, layout)
+    if (exact := _exact(estimator, world, groups)) is not None:
+        wanted = layout.flat(exact)
+        return (lambda r: own(r) - wanted), wanted, layout, "the exact gradient"
+    if (trusted := _trusted(estimator, world)) is None:
+        return None
+    theirs = gradients(trusted, world, layout)
+    return (lambda r: own(r) - theirs(r)), theirs(range(4096)).mean(0), layout, f"{trusted} on the same noise"
+
+
+def _exact(
+    estimator: Estimator, world: World, groups: Mapping[str, Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor] | None:
+    """The exact gradient of every group, where particles are few enough to be enumerated."""
+    found: dict[str, torch.Tensor] = {}
+    for group, members in groups.items():
+        of_elbo = estimator.facts.objective_of(group) == "elbo"
+        objective = objective_of(estimator, group)
+        if objective is None or "binary" not in world.name or (estimator.K > 8 and not of_elbo):
+            return None
+        gradient = target(world, objective, 1 if of_elbo else estimator.K)[0]
+        found |= {name: gradient[name] for name in members}
+    return found
+
+
+def _trusted(estimator: Estimator, world: World) -> Estimator | None:
+    """An estimator of the same objective, of other making, that has exact tests of its own."""
+    objectives = {estimator.facts.objective_of(group) for group in world.model.groups} - {""}  # type: ignore[union-attr]
+    pathwise = "rsample" in world.offered
+    known = {
+        frozenset({"elbo"}): ("sgvb-a", "stl") if pathwise else ("reinforce", "rloo"),
+        frozenset({"iwelbo"}): ("iwae", "dreg") if pathwise else ("iwae-score", "vimco"),
+    }
+    for word in known.get(frozenset(objectives), ()):
+        if word != estimator.facts.name and (other := at(parse(word), estimator.K)) is not None:
+            return other
+    return None
+
+
+def gradients(estimator: Estimator, world: World, layout: Layout, seed: int = 11) -> Source:
+    """A source of an estimator's gradients, flat ``[n, P]``: in batches, or one by one where they cannot be rows."""
+    state = experienced(estimator, world)
+    parameters = trainable(world.model, state)
+
+    def batched(replicates: range) -> Array:
+        made = Batch([estimator], world.model, world.x, [state], parameters, by_columns=False).draw(
+            Rng(seed, replicates)
+        )
+        found = dense(made, 0, parameters).gradients
+        flat = [found[name].detach().reshape(len(replicates), -1).double().numpy() for name in layout.columns]
+        return np.concatenate(flat, 1)
+
+    def single(replicates: range) -> Array:
+        held: dict = {}
+        rows = [one(estimator, world.model, world.x, Rng(seed, r, held=held), state, parameters) for r in replicates]
+        return np.stack([layout.flat(row.gradients) for row in rows])
+
+    make = batched if _batches(estimator, batched) else single
+
+    def source(replicates: range) -> Array:
+        starts = range(replicates.start, replicates.stop, CHUNK)
+        return np.concatenate([make(range(s, min(s + CHUNK, replicates.stop))) for s in starts])
+
+    return source
+
+
+def _batches(estimator: Estimator, batched: Source) -> bool:
+    """Whether replicates can be taken in batches; that these are right is a claim of its own."""
+    if not estimator.facts.replicates_as_rows or estimator.facts.couples_data:
+        return False
+    try:
+        batched(range(2))
+    except Exception:  # a stranger's code may do anything when its rows are many
+        return False
+    return True
