@@ -17,7 +17,7 @@ from gradiometer.bench.checks.card import Card
 from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.consistency import consistent
 from gradiometer.bench.checks.diagnosis import diagnose
-from gradiometer.bench.checks.expectations import expectation
+from gradiometer.bench.checks.expectations import Effort, expectation
 from gradiometer.bench.checks.faults import faults
 from gradiometer.bench.checks.gate import LEVELS, check
 from gradiometer.bench.checks.identities import experienced
@@ -88,7 +88,7 @@ def test_scrambled_points_tell_their_own_error() -> None:
     wanted = expectation(estimator, world, State()).mean
     squares = []
     for seed in range(8):
-        found = expectation(estimator, world, State(), smooth=False, randomisations=32, points=8, seed=seed)
+        found = expectation(estimator, world, State(), Effort(32, 8), smooth=False, seed=seed)
         assert not found.exact
         for name, sample in found.samples.items():
             t = (sample.mean(0) - wanted[name]) / (sample.std(0) / 32**0.5)
@@ -129,9 +129,9 @@ def test_planted_faults_are_found_by_more_than_one_kind_of_claim() -> None:
     assert "the score part left out" not in names  # it has none
     assert len([fault for fault in faults(parse("sgvb-a"), groups) if fault.name == "the score part left out"]) == 0
     for fault in faults(estimator, groups):
-        claims = list(exact.claims(fault.estimator, world, exact.Effort(), fault.planted))
+        claims = list(exact.claims(fault.estimator, world, Effort(), fault.planted))
         assert any(claim.holds is False for claim in claims), fault.name
-    assert all(claim.holds for claim in exact.claims(estimator, world, exact.Effort()))
+    assert all(claim.holds for claim in exact.claims(estimator, world, Effort()))
 
 
 @pytest.mark.parametrize(

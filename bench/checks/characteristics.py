@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gradiometer.bench.checks.claims import Claim
-from gradiometer.bench.checks.exact import at
+from gradiometer.bench.checks.differences import at
 from gradiometer.bench.checks.identities import apart
 from gradiometer.bench.checks.worlds import wide
 from gradiometer.bench.measured import Measurement

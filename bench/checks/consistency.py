@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from gradiometer.bench.checks.claims import Claim
-from gradiometer.bench.checks.exact import Planted, at, wanted_of
+from gradiometer.bench.checks.differences import at
+from gradiometer.bench.checks.exact import Planted, wanted_of
 from gradiometer.bench.checks.expectations import expectation
 from gradiometer.bench.checks.identities import experienced
 from gradiometer.bench.checks.worlds import World, bit
@@ -48,6 +49,6 @@ def _bias(
     for group in estimator.facts.consistent:
         wanted = wanted_of(one, world, group)
         assert wanted is not None
-        names = [name for name in found if name.split(".")[0] in world.model.groups[group]]  # type: ignore[index]
+        names = [name for name in found if name.split(".")[0] in world.model.groups[group]]
         result[group] = {n: (found[n] - wanted[n], float(wanted[n].abs().max())) for n in names}
     return result

@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.diagnosis import diagnose
-from gradiometer.bench.checks.expectations import Expectation, Gradients, Objective, expectation
+from gradiometer.bench.checks.differences import Difference, at, difference
+from gradiometer.bench.checks.expectations import Effort, Expectation, Gradients, expectation
 from gradiometer.bench.checks.identities import experienced
+from gradiometer.bench.checks.slopes import along_directions, named, nested
 from gradiometer.bench.checks.targets import INCLUSIVE, OBJECTIVES, inclusive, objective_of, target
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import trainable
-from gradiometer.estimators.base import Estimator, State
+from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.registry import parse
 
 Planted = Callable[[Gradients], Gradients]  # what a fault in single layers does to a gradient
-STEP = 1e-4  # of finite differences
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much to spend.
-
-    Args:
-        alpha: the rate of false alarms of one comparison.
-        randomisations, points: of scrambled Sobol rules, points as a power of two.
-    """
-
-    alpha: float = 1e-7
-    randomisations: int = 32
-    points: int = 10
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Found and wanted gradients of one group: where they differ most, by how much, and from where on that would be seen."""
-
-    tensor: str
-    off: float
-    detectable: float
-
-    @property
-    def shows(self) -> bool:
-        return not self.off <= self.detectable
-
-
-def at(estimator: Estimator, K: int) -> Estimator | None:
-    """The estimator with K particles, if it can have so many."""
-    try:
-        return replace(estimator, K=K)
-    except ValueError:
-        return None
 
 
 def claims(estimator: Estimator, world: World, effort: Effort, planted: Planted | None = None) -> Iterator[Claim]:
@@ -63,76 +27,24 @@ def claims(estimator: Estimator, world: World, effort: Effort, planted: Planted 
     where = f"{world.name}, K = {estimator.K}"
     state = experienced(estimator, world)
     try:
-        found = _expectation(estimator, world, state, effort)
+        found = expectation(estimator, world, state, effort, smooth=not nested(estimator, world))
     except NotImplementedError as error:
         yield Claim("unbiased", None, where, f"its expectation cannot be had: {error}")
         return
     if planted is not None:
         found = replace(found, samples=planted(found.samples))
     for group, members in trainable(world.model, state).items():
-        if group in state.learned and group not in _named(estimator):
+        if group in state.learned and group not in named(estimator):
             continue
         samples = {name: found.samples[name] for name in members}
-        if _nested(estimator, world) and group != "inference":
-            yield _directional(estimator, world, state, group, samples, effort)
+        if nested(estimator, world) and group != "inference":
+            yield along_directions(estimator, world, state, group, samples, effort)
         else:
             yield _of_group(estimator, world, group, samples, found.exact, effort)
-    if found.objective is not None and not _nested(estimator, world):
+    if found.objective is not None and not nested(estimator, world):
         yield _value(estimator, world, found, effort)
     for settings, word in estimator.facts.same_mean.items():
         yield from _same_mean(estimator, settings, word, world, found, effort)
-
-
-def _expectation(estimator: Estimator, world: World, state: State, effort: Effort, seed: int = 0) -> Expectation:
-    return expectation(
-        estimator,
-        world,
-        state,
-        randomisations=effort.randomisations,
-        points=effort.points,
-        seed=seed,
-        smooth=not _nested(estimator, world),
-    )
-
-
-def _named(estimator: Estimator) -> set[str]:
-    objective = estimator.facts.objective
-    return set() if isinstance(objective, str) else set(objective)
-
-
-def _nested(estimator: Estimator, world: World) -> bool:
-    """Whether its weights are not of the guide's particles alone: it learns moves of its own, and ascends a bound of theirs."""
-    return bool(_named(estimator) - set(world.model.groups))  # type: ignore[arg-type]
-
-
-def difference(samples: Gradients, wanted: Gradients, world: World, exact: bool, effort: Effort) -> Difference:
-    """The largest error of a tensor's coordinates, relative to the tensor's largest, beside what could be seen."""
-    largest = max(float(g.abs().max()) for g in wanted.values())
-    coordinates = sum(g.numel() for g in wanted.values())
-    worst = Difference("", 0.0, world.accuracy)
-    for name, sample in samples.items():
-        error = sample - wanted[name]  # [S, *shape]
-        scale = max(float(wanted[name].abs().max()), 1e-3 * largest, 1e-12)
-        if exact:
-            found = Difference(name, float(error.abs().max()) / scale, world.accuracy)
-        else:
-            found = _statistical(
-                name, error.reshape(len(error), -1), scale, max(1, sum(g.numel() for g in wanted.values())), effort
-            )
-        if not found.off / found.detectable <= worst.off / worst.detectable:
-            worst = found
-    return worst
-
-
-def _statistical(name: str, error: Tensor, scale: float, coordinates: int, effort: Effort) -> Difference:
-    """Of independent randomisations ``[S, P]``: the coordinate with the largest t, every one of them allowed for."""
-    from scipy.special import stdtrit
-
-    threshold = float(stdtrit(len(error) - 1, 1 - effort.alpha / coordinates / 2))
-    mean, stderr = error.mean(0), error.std(0) / math.sqrt(len(error))
-    limit = (threshold * stderr).clamp(min=1e-9 * scale)
-    place = int((mean.abs() / limit).nan_to_num(math.inf).argmax())
-    return Difference(name, float(mean[place].abs()) / scale, float(limit[place]) / scale)
 
 
 def _of_group(estimator: Estimator, world: World, group: str, samples: Gradients, exact: bool, effort: Effort) -> Claim:
@@ -210,7 +122,7 @@ def _same_mean(
     other = at(parse(word), estimator.K)
     if not own or other is None or not world.admits(other):
         return
-    theirs = _expectation(other, world, experienced(other, world), effort, seed=1)
+    theirs = expectation(other, world, experienced(other, world), effort, seed=1)
     shared = {n: s - theirs.samples[n].mean(0) for n, s in found.samples.items() if n in theirs.samples}
     scale = {n: theirs.samples[n].mean(0) for n in shared}
     wanted = {n: torch.zeros_like(g) for n, g in scale.items()}
@@ -225,70 +137,3 @@ def _same_mean(
         yield Claim("same mean", False, where, said, worst.off, worst.detectable)
     else:
         yield Claim("same mean", True, where, f"its mean is that of {other}", worst.off, worst.detectable)
-
-
-def _directional(
-    estimator: Estimator, world: World, state: State, group: str, samples: Gradients, effort: Effort
-) -> Claim:
-    """Along random directions, against finite differences of the value of its own objective: it holds for any chain of moves."""
-    where = f"{group}, {world.name}, K = {estimator.K}"
-    name = estimator.facts.objective_of(group)
-    if group in estimator.facts.biased:
-        return Claim("biased as declared", None, where, f"there is no exact gradient of {name!r} to compare with")
-    own: Mapping[str, Objective] = {"nested KL": OBJECTIVES["elbo"]}
-    objective = own.get(name, estimator.objective)
-    members = trainable(world.model, state)[group]
-    slope = _slope(estimator, world, state, members, samples, objective, effort)
-    if slope.shows:  # find the tensor
-        alone = [_slope(estimator, world, state, {n: p}, samples, objective, effort) for n, p in members.items()]
-        slope = max([slope, *alone], key=lambda found: found.off / found.detectable)
-        said = f"not the gradient of its {name}: along {slope.tensor!r} it is off by {slope.off:.2g} of its norm"
-        return Claim("unbiased", False, where, said, slope.off, slope.detectable)
-    said = f"the gradient of its {name}, by finite differences of the value"
-    return Claim("unbiased", True, where, said, slope.off, slope.detectable)
-
-
-def _slope(
-    estimator: Estimator,
-    world: World,
-    state: State,
-    members: Mapping[str, Tensor],
-    samples: Gradients,
-    objective: Objective,
-    effort: Effort,
-) -> Difference:
-    """The gradient along a random direction, in which every tensor counts alike, against finite differences of the value."""
-    generator = torch.Generator().manual_seed(5)
-    norms = {n: float(samples[n].mean(0).norm()) for n in members}
-    largest = max(norms.values()) or 1.0
-    along = {}
-    for n, parameter in members.items():
-        u = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        along[n] = u / u.norm() * largest / max(norms[n], 1e-3 * largest)
-    step = STEP / max(float(u.norm()) for u in along.values())
-    values = []
-    for sign in (1, -1):
-        for n, parameter in members.items():
-            parameter.data += sign * step * along[n]
-        values.append(_values(estimator, world, state, objective, effort))
-        for n, parameter in members.items():
-            parameter.data -= sign * step * along[n]
-    slopes = (values[0] - values[1]) / (2 * step)  # [S]
-    found = sum((samples[n] * u).flatten(1).sum(1) for n, u in along.items())
-    apart = _statistical(", ".join(members), (found - slopes).unsqueeze(1), largest, len(members), effort)
-    return replace(apart, detectable=max(apart.detectable, 1e-6))  # what finite differences leave
-
-
-def _values(estimator: Estimator, world: World, state: State, objective: Objective, effort: Effort) -> Tensor:
-    """The mean of an objective of the last log weights, by randomisation ``[S]``."""
-    found = expectation(
-        estimator,
-        world,
-        state,
-        randomisations=effort.randomisations,
-        points=effort.points,
-        smooth=False,
-        objective=objective,
-    )
-    assert found.objective is not None
-    return found.objective

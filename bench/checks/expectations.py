@@ -24,7 +24,6 @@ from gradiometer.estimators.noise import Ancestral
 Gradients = dict[str, Tensor]  # {parameter: its gradient}
 Objective = Callable[[Tensor], Tensor]  # [K, *batch] -> [*batch]
 MOST = 70_000  # rows of an exact rule
-POINTS = 11  # Sobol points of one randomisation, as a power of two
 UNIFORM = 0  # of an `Ask` that is no choice among finitely many
 NORMAL = -1
 
@@ -154,21 +153,34 @@ class Expectation:
         return {name: g.mean(0) for name, g in self.samples.items()}
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much to spend where no rule is exact.
+
+    Args:
+        randomisations, points: of scrambled Sobol rules, points as a power of two.
+        alpha: the rate of false alarms of one comparison with the mean over randomisations.
+    """
+
+    randomisations: int = 32
+    points: int = 10
+    alpha: float = 1e-7
+
+
 def expectation(
     estimator: Estimator,
     world: World,
     state: State,
+    effort: Effort = Effort(),
     *,
-    randomisations: int = 16,
     seed: int = 0,
-    points: int = POINTS,
     smooth: bool = True,
     objective: Objective | None = None,
 ) -> Expectation:
     """The expectation of what the estimator gives, by parameter of the model and of what it learns.
 
     Args:
-        randomisations, points, seed: of a Sobol rule, where none is exact; points as a power of two.
+        seed: of a Sobol rule's randomisations.
         smooth: quadrature is exact enough; not where a network with kinks moves the particles.
         objective: of the log weights, in the place of the estimator's own; then gradients are not taken.
 
@@ -185,7 +197,7 @@ def expectation(
             _over(estimator, world, state, Nodes(columns, exact=False), len(columns), objective)
             if rows
             else _one_by_one(estimator, world, state, columns, objective)
-            for columns in _sobol(scalars, randomisations, seed, points if rows else points - 4)
+            for columns in _sobol(scalars, effort.randomisations, seed, effort.points if rows else effort.points - 3)
         ]
     gradients = {name: torch.stack([of[name] for of, _ in found]) for name in found[0][0]}
     values = [value for _, value in found if value is not None]
@@ -244,15 +256,17 @@ def _over(
         weight = nodes.log_weight.softmax(0)  # [T, B]; what is drawn later weighs nothing yet
         for group, term in surrogate.terms.items():
             if objective is None and group in parameters and term.requires_grad:
-                _add(total, parameters[group], (weight * term).sum(0).mean() if rows else term.mean())
+                add(total, parameters[group], (weight * term).sum(0).mean() if rows else term.mean())
         if surrogate.log_w is not None:
             value = (objective or estimator.objective)(surrogate.log_w)
             mean = ((weight * value).sum(0).mean() if rows else value.mean()).detach()
     return total, mean
 
 
-def _add(total: Gradients, members: Mapping[str, Tensor], value: Tensor) -> None:
-    found = torch.autograd.grad(value, list(members.values()), retain_graph=True, allow_unused=True)
+def add(total: Gradients, members: Mapping[str, Tensor], value: Tensor) -> None:
+    """Add the derivative of `value` to the gradients of some parameters, in place."""
+    found = torch.autograd.grad(
+        value, list(members.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     for name, gradient in zip(members, found, strict=True):
-        if gradient is not None:
-            total[name] = total[name] + gradient
+        total[name] = total[name] + gradient

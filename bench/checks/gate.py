@@ -14,7 +14,9 @@ from gradiometer.bench.checks.card import Card
 from gradiometer.bench.checks.characteristics import characteristics, engine_agrees
 from gradiometer.bench.checks.claims import Broken, Claim
 from gradiometer.bench.checks.consistency import consistent
-from gradiometer.bench.checks.faults import faults
+from gradiometer.bench.checks.differences import at
+from gradiometer.bench.checks.expectations import Effort
+from gradiometer.bench.checks.faults import Fault, faults
 from gradiometer.bench.checks.means import no_bias_found
 from gradiometer.bench.checks.trials import Schedule
 from gradiometer.bench.checks.worlds import World, small, wide
@@ -37,14 +39,14 @@ class Thoroughness:
     """
 
     particles: tuple[int, ...]
-    effort: exact.Effort
+    effort: Effort
     schedule: Schedule
     everywhere: bool
 
 
 LEVELS: dict[str, Thoroughness] = {
-    "quick": Thoroughness((2, 3), exact.Effort(randomisations=16), Schedule(256, 4, 1e-5), False),
-    "full": Thoroughness((1, 2, 3, 4), exact.Effort(points=12), Schedule(256, 7, 1e-5), True),
+    "quick": Thoroughness((2, 3), Effort(randomisations=16), Schedule(256, 4, 1e-5), False),
+    "full": Thoroughness((1, 2, 3, 4), Effort(points=12), Schedule(256, 7, 1e-5), True),
 }
 
 
@@ -121,7 +123,7 @@ def _exact(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> 
 
 def _at_particles(estimator: Estimator, how: Thoroughness) -> Iterator[Estimator]:
     for K in sorted({estimator.facts.least_particles, *how.particles}):
-        if (one := exact.at(estimator, K)) is not None:
+        if (one := at(estimator, K)) is not None:
             yield one
 
 
@@ -146,15 +148,15 @@ def _settled(claims: Sequence[Claim]) -> list[Claim]:
 
 def _planted(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[tuple[str, bool]]:
     for world in worlds if how.everywhere else worlds[:1]:
-        small_one = exact.at(estimator, max(2, estimator.facts.least_particles)) or estimator
+        small_one = at(estimator, max(2, estimator.facts.least_particles)) or estimator
         state = identities.experienced(small_one, world)
-        groups = {g: m for g, m in trainable(world.model, state).items() if g in world.model.groups}  # type: ignore[operator]
+        groups = {g: m for g, m in trainable(world.model, state).items() if g in world.model.groups}
         for fault in faults(small_one, groups):
             found = _found(fault, world, how)
             yield f"{fault.name} ({world.name})", found
 
 
-def _found(fault: Any, world: World, how: Thoroughness) -> bool:
+def _found(fault: Fault, world: World, how: Thoroughness) -> bool:
     try:
         claims = [*exact.claims(fault.estimator, world, how.effort, fault.planted)]
         claims += consistent(fault.estimator, fault.planted)

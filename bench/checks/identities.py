@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradiometer.bench.checks.claims import Broken, Claim
+from gradiometer.bench.checks.expectations import add
 from gradiometer.bench.checks.worlds import Conjugate, World, _bits
 from gradiometer.bench.gradients import Draw, one, surrogates, trainable
 from gradiometer.bench.training import initial_state, learning_step
@@ -44,13 +46,13 @@ def identities(estimator: Estimator, world: World) -> Iterator[Claim]:
             estimator.facts.couples_data or (name == "rows" and not estimator.facts.replicates_as_rows)
         ):
             continue
-        claim = _claimed(name, where, lambda test=test: test(estimator, world))
+        claim = _claimed(name, where, partial(test, estimator, world))
         yield claim
         if name in FIRST and not claim.holds:
             return
     for settings, word in estimator.facts.same_draws.items():
         if (pair := _pair(estimator, settings, word, world)) is not None:
-            yield _claimed("same draws", world.name, lambda pair=pair: _same_draws(*pair, world))
+            yield _claimed("same draws", world.name, partial(_same_draws, *pair, world))
 
 
 def _claimed(name: str, where: str, test: Callable[[], str]) -> Claim:
@@ -179,7 +181,7 @@ def _of_rows(estimator: Estimator, world: World, replicates: range, state: State
             if term.shape != x.shape[:2]:
                 raise Broken(f"of {len(replicates)} replicates the term of {group!r} has shape {tuple(term.shape)}")
             for row in range(len(replicates)):
-                _add(found[row], parameters[group], term[row].mean())
+                add(found[row], parameters[group], term[row].mean())
     return found
 
 
@@ -204,15 +206,8 @@ def _of_first(estimator: Estimator, world: World, x: Tensor, state: State) -> di
     for surrogate in surrogates(estimator, world.model, x, Rng(3, 0), state):
         for group, term in surrogate.terms.items():
             if group in parameters and term.requires_grad:
-                _add(found, parameters[group], term[0])
+                add(found, parameters[group], term[0])
     return found
-
-
-def _add(found: dict[str, Tensor], members: Mapping[str, Tensor], value: Tensor) -> None:
-    gradients = torch.autograd.grad(value, list(members.values()), retain_graph=True, allow_unused=True)
-    for name, gradient in zip(members, gradients, strict=True):
-        if gradient is not None:
-            found[name] = found[name] + gradient
 
 
 def _same_draws(own: Estimator, other: Estimator, world: World) -> str:

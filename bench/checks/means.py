@@ -10,7 +10,7 @@ import torch
 
 from gradiometer.bench.batched import Batch, dense
 from gradiometer.bench.checks.claims import Claim
-from gradiometer.bench.checks.exact import at
+from gradiometer.bench.checks.differences import at
 from gradiometer.bench.checks.identities import experienced
 from gradiometer.bench.checks.targets import objective_of, target
 from gradiometer.bench.checks.trials import Array, Schedule, Source, Verdict, trial
@@ -50,9 +50,7 @@ def no_bias_found(estimator: Estimator, world: World, schedule: Schedule) -> Ite
     groups = {
         group: members
         for group, members in trainable(world.model, experienced(estimator, world)).items()
-        if group in world.model.groups  # type: ignore[operator]
-        and group not in estimator.facts.biased
-        and group not in estimator.facts.rescaled
+        if group in world.model.groups and group not in estimator.facts.biased and group not in estimator.facts.rescaled
     }
     if not groups or (made := _errors(estimator, world, groups)) is None:
         return
@@ -109,7 +107,7 @@ def _exact(
 
 def _trusted(estimator: Estimator, world: World) -> Estimator | None:
     """An estimator of the same objective, of other making, that has exact tests of its own."""
-    objectives = {estimator.facts.objective_of(group) for group in world.model.groups} - {""}  # type: ignore[union-attr]
+    objectives = {estimator.facts.objective_of(group) for group in world.model.groups} - {""}
     pathwise = "rsample" in world.offered
     known = {
         frozenset({"elbo"}): ("sgvb-a", "stl") if pathwise else ("reinforce", "rloo"),

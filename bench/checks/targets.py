@@ -137,6 +137,8 @@ def _base(q: object) -> object:
 
 
 def _gradient(world: World, value: Tensor) -> Gradients:
-    parameters = {n: p for members in parameters_of(world.model).values() for n, p in members.items()}  # type: ignore[arg-type]
-    found = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+    parameters = {n: p for members in parameters_of(world.model).values() for n, p in members.items()}
+    found = torch.autograd.grad(
+        value, list(parameters.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(parameters, found, strict=True))

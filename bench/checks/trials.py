@@ -107,13 +107,7 @@ def trial(source: Source, blocks: Mapping[str, slice], towards: Array, schedule:
         (False, 0.14)
     """
     generator = np.random.default_rng(seed)
-    rounding = ROUNDING * float(np.abs(towards).max(initial=0.0))
-    own = source
-
-    def source(replicates: range) -> Array:
-        errors = own(replicates)
-        return np.where(np.abs(errors) > rounding, errors, 0.0)
-
+    source = _without_rounding(source, ROUNDING * float(np.abs(towards).max(initial=0.0)))
     errors = source(range(schedule.first))
     past = _Past(len(errors), errors.sum(0), (errors**2).sum(0))
     verdict = None
@@ -127,6 +121,14 @@ def trial(source: Source, blocks: Mapping[str, slice], towards: Array, schedule:
         past = _Past(2 * past.n, past.first + fresh.sum(0), past.second + (fresh**2).sum(0))
     assert verdict is not None
     return verdict
+
+
+def _without_rounding(source: Source, least: float) -> Source:
+    def rounded(replicates: range) -> Array:
+        errors = source(replicates)
+        return np.where(np.abs(errors) > least, errors, 0.0)
+
+    return rounded
 
 
 def _suspects(

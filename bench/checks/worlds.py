@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class World:
     """
 
     name: str
-    model: nn.Module
+    model: Any
     x: Tensor
     nodes: Mapping[int, int] = field(default_factory=lambda: {1: 80, 2: 64, 3: 28})
     accuracy: float = 1e-9
