@@ -1,61 +1,68 @@
-"""Which estimators have passed `gradiometer check`, by their code: one that was changed afterwards has not."""
+"""Which estimators have passed `gradiometer check`, by their code: one that was changed afterwards has not.
+
+To read what is known needs no torch, so that a report knows of checks made after its rows were.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradiometer.bench.data.files import cache_folder
-from gradiometer.estimators.base import Estimator
 
-SHIPPED = Path(__file__).parent / "checks" / "passed.json"  # of the catalogue, written by `gradiometer check --all`
+if TYPE_CHECKING:
+    from gradiometer.estimators.base import Estimator
+
+SHIPPED = Path(__file__).parent / "checks" / "passed.json"  # of the catalogue: {series: {"code": ...}}
 FLOORS = ("noise", "weights", "base")
 
 
-def series_of(estimator: Estimator) -> str:
-    """The estimator's word without its number of particles: what a check is of.
+def series_of(word: str) -> str:
+    """An estimator's word without its number of particles: what a check is of.
 
-    >>> from gradiometer.estimators import parse
-    >>> series_of(parse("vr:alpha=2,K=64")), series_of(parse("dreg"))
-    ('vr:alpha=2.0', 'dreg')
+    >>> series_of("vr:alpha=2.0,K=64"), series_of("dreg:K=8"), series_of("stl")
+    ('vr:alpha=2.0', 'dreg', 'stl')
     """
-    own = [f for f in fields(estimator) if f.name != "K" and getattr(estimator, f.name) != f.default]
-    settings = ",".join(f"{f.name}={getattr(estimator, f.name)}" for f in own)
-    return f"{estimator.facts.name}:{settings}" if settings else estimator.facts.name
+    name, _, settings = word.partition(":")
+    kept = ",".join(setting for setting in settings.split(",") if setting and not setting.startswith("K="))
+    return f"{name}:{kept}" if kept else name
 
 
 def code_of(estimator: Estimator) -> str:
     """A hash of the estimator's module, of those it inherits from and of the floors below; comments and blank lines left out."""
+    from gradiometer.estimators.base import Estimator
+
     modules = [base.__module__ for base in type(estimator).__mro__ if issubclass(base, Estimator)]
     floors = [f"gradiometer.estimators.{name}" for name in FLOORS]
     parts = [_source(module) for module in dict.fromkeys([*modules, *floors])]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
-def passed(estimator: Estimator) -> bool:
-    """Whether this code has passed a check with these settings, at any K."""
-    name, code = series_of(estimator), code_of(estimator)
-    return _shipped().get(name, {}).get("code") == code or _cached(name, code).is_file()
+def passed(word: str, code: str) -> bool:
+    """Whether this code has passed a check with the settings of this word, at any K; shipped with us, or on this machine."""
+    series = series_of(word)
+    return _shipped().get(series, {}).get("code") == code or _cached(series, code).is_file()
 
 
-def keep(estimator: Estimator, passes: bool) -> None:
-    """Remember the outcome of a check on this machine."""
-    path = _cached(series_of(estimator), code_of(estimator))
-    if not passes:
-        path.unlink(missing_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+def keep(word: str, code: str, passes: bool) -> None:
+    """Remember the outcome of a check on this machine; a cache that cannot be written is done without."""
+    path = _cached(series_of(word), code)
+    with contextlib.suppress(OSError):
+        if not passes:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
-def _cached(name: str, code: str) -> Path:
-    return cache_folder().parent / "checks" / f"{name.replace(':', '-').replace(',', '-')}-{code}"
+def _cached(series: str, code: str) -> Path:
+    return cache_folder().parent / "checks" / f"{series.replace(':', '-').replace(',', '-')}-{code}"
 
 
 @functools.cache

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, full_like
-from torch.distributions import Independent, Normal
+from torch.distributions import Bernoulli, Independent, Normal, Uniform
 
+from gradiometer.estimators.antithetic import DisARM
 from gradiometer.estimators.base import Average, Coefficients, Estimator, Facts, State, Surrogate, Weighted
 from gradiometer.estimators.nested import NVI
 from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.relaxed import REBAR, Concrete, conditional
 
 SCORE = Facts("planted", family="test")
 PATHWISE = Facts("planted", family="test", needs=("rsample",))
@@ -409,16 +411,95 @@ def _still(q: Independent) -> Independent:
     return Independent(Normal(q.base_dist.loc.detach(), q.base_dist.scale.detach()), 1)
 
 
-@mistake("nested: the incoming target's own derivative kept", "path")
+# Control variates, antithetic pairs, relaxations, nested moves.
+
+
+@mistake("a control's conditional sample drawn without its condition", "unbiased")
+@dataclass(frozen=True)
+class NotConditional(REBAR):
+    def _draw(self, model, x: Tensor, rng: Rng, state: State, q: Independent) -> tuple[Tensor, Tensor, Tensor]:
+        b, z, given, c, log_p = self._with(model, x, rng, state, q, lambda logits, b, v: logits + v.logit())
+        return b, c(z - given + given.detach()), log_p
+
+    def _with(self, model, x, rng, state, q, conditional):
+        logits = q.base_dist.logits
+        zeros = torch.zeros_like(logits.detach())
+        u, v = (rng.sample(Independent(Uniform(zeros, zeros + 1), 1), self.K) for _ in range(2))
+        b = (u < logits.sigmoid()).to(u)
+        fixed = Independent(Bernoulli(logits=logits.detach(), validate_args=False), 1)
+        control = state.learned["control"]
+        c = lambda z: control(lambda s: model.log_joint(x, s) - fixed.log_prob(s), z)  # noqa: E731
+        return b, logits - u.logit(), conditional(logits, b, v), c, model.log_joint(x, b)
+
+
+@mistake("a control's conditional sample detached", "unbiased")
+@dataclass(frozen=True)
+class ConditionalDetached(NotConditional):
+    def _draw(self, model, x: Tensor, rng: Rng, state: State, q: Independent) -> tuple[Tensor, Tensor, Tensor]:
+        b, z, given, c, log_p = self._with(model, x, rng, state, q, conditional)
+        held = given.detach()
+        return b, c(held) + c(z) - c(z).detach(), log_p
+
+
+@mistake("a control that nothing trains", "a step of learning fails")
+@dataclass(frozen=True)
+class NotTrained(REBAR):
+    def learn(self, model, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
+        return {name: term.detach() for name, term in super().learn(model, x, rng, state).items()}
+
+
+@mistake("a control trained by the estimate", "no part of the estimate")
+@dataclass(frozen=True)
+class TrainedByTheEstimate(REBAR):
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        made = super().surrogate(model, x, rng, state)
+        return replace(made, terms={**made.terms, "control": made.terms["inference"]})
+
+
+@mistake("an antithetic pair without its sign", "unbiased")
+@dataclass(frozen=True)
+class NoSign(DisARM):
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        q = model.guide(x)
+        logits, p = q.base_dist.logits, q.base_dist.probs.detach()
+        u = rng.sample(Independent(Uniform(torch.zeros_like(p), torch.ones_like(p)), 1), self.K // 2)
+        b, other = (u < p).to(p), (1 - u < p).to(p)
+        z = torch.cat([b, other])
+        log_p = model.log_joint(x, z)
+        log_w = (log_p - q.log_prob(z)).detach()
+        f, f_other = log_w.unsqueeze(-1).chunk(2)
+        g = (f - f_other) / 2 * (b - other).abs() * torch.maximum(p, 1 - p)
+        return Surrogate({"generative": log_p.mean(0), "inference": (g.mean(0) * logits).sum(-1)}, log_w)
+
+
+@mistake("a straight-through gradient that claims to be none", "unbiased")
+@dataclass(frozen=True)
+class StraightThrough(Estimator):
+    facts = Facts("planted", family="test", needs=("bernoulli", "relaxed"))
+
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        q = model.guide(x)
+        b = rng.sample(q, self.K)
+        through = b + q.base_dist.probs - q.base_dist.probs.detach()
+        log_p, log_q = model.log_joint(x, through), q.log_prob(through)
+        return Surrogate({"generative": log_p.mean(0), "inference": (log_p - log_q).mean(0)}, (log_p - log_q).detach())
+
+
+@mistake("a relaxation that is not of the value it names", "own value")
+@dataclass(frozen=True)
+class NotItsValue(Concrete):
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        made = super().surrogate(model, x, rng, state)
+        return replace(made, terms={**made.terms, "inference": 1.02 * made.terms["inference"]})
+
+
+@mistake("nested: the incoming target's own derivative kept", "kernels")
 @dataclass(frozen=True)
 class DirectDerivative(NVI):
-    """The mistake is in the path's gradient, which is declared biased: that of the kernels' bound stands for it."""
+    """The proposal's own log density is differentiated directly, as the derivative of the incoming target would be."""
 
     K: int = 2
 
     def _terms(self, W_in, W_out, log_v, t, r, a, stuck, state) -> Mapping[str, Tensor]:
         terms = super()._terms(W_in, W_out, log_v, t, r, a, stuck, state)
-        return terms | {"kernels": (W_in * (t + r - stuck)).sum(0) + (W_in * stuck).sum(0)}
-
-
-MISTAKES["nested: the incoming target's own derivative kept"] = (DirectDerivative(), "kernels")
+        return terms | {"kernels": (W_in * (t + r)).sum(0)}

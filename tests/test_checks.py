@@ -332,8 +332,9 @@ def test_a_strangers_file_is_checked_as_ours_are(tmp_path: Path, monkeypatch: py
     assert "it is scaled by 1.01" in done.output
     assert "broken: wrong" in done.output
     (own,) = subjects.named([str(right)])
-    assert records.passed(own)
-    assert not records.passed(subjects.named([str(wrong)])[0])
+    assert records.passed("right:K=64", records.code_of(own))
+    (other,) = subjects.named([str(wrong)])
+    assert not records.passed("wrong", records.code_of(other))
 
 
 @pytest.mark.parametrize(
@@ -389,16 +390,21 @@ def test_what_cannot_be_run_has_not_passed() -> None:
 def test_a_changed_estimator_has_not_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(records, "_shipped", dict)
-    estimator = parse("dreg:K=4")
-    records.keep(estimator, True)
-    assert records.passed(estimator)
-    assert records.passed(parse("dreg:K=64"))
-    assert not records.passed(parse("iwae"))
+    code = records.code_of(parse("dreg"))
+    records.keep("dreg:K=4", code, True)
+    assert records.passed("dreg", code)
+    assert records.passed("dreg:K=64", code)
+    assert not records.passed("iwae", records.code_of(parse("iwae")))
     with monkeypatch.context() as patch:
         patch.setattr(records, "_source", lambda module: f"changed {module}")
-        assert not records.passed(estimator)
-    records.keep(estimator, False)
-    assert not records.passed(estimator)
+        assert not records.passed("dreg", records.code_of(parse("dreg")))
+    records.keep("dreg", code, False)
+    assert not records.passed("dreg:K=4", code)
+
+
+def test_a_check_of_some_settings_is_not_one_of_others() -> None:
+    assert records.series_of("nvi:K=4,levels=3,path=learned") == "nvi:levels=3,path=learned"
+    assert records.series_of("vr:alpha=-1.0,K=8") != records.series_of("vr:K=8")
 
 
 def test_jobs_change_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,13 @@ def test_the_python_example_runs():
     assert {row["metric"] for row in names["rows"]} >= {"variance", "snr", "elbo"}
 
 
-def test_the_estimator_of_the_readme_is_measured_from_a_file(tmp_path):
+def test_the_estimator_of_the_readme_is_checked_and_measured_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     plugin = tmp_path / "tempered.py"
     plugin.write_text(next(code for code in PYTHON if "class Tempered" in code), encoding="utf-8")
+    result = CliRunner().invoke(main, ["check", str(plugin)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "biased as declared" in result.output
     words = ["-e", "tempered:temperature=4", "-e", "dreg:K=8"]
     asked = ["measure", "gaussian-toy", *words, "--replicates", "64", "--plugin", str(plugin)]
     result = CliRunner().invoke(main, asked, catch_exceptions=False)

@@ -15,8 +15,10 @@ SHOWN = 4  # broken claims of one kind that are printed whole
 EXPLAINED = {
     "unbiased": "mean gradient against the exact one",
     "biased as declared": "a bias, where one was declared",
+    "uphill": "a biased gradient that still points uphill",
     "direction": "a positive multiple of the exact gradient",
     "consistent": "a bias that vanishes as K grows",
+    "own value": "mean gradient against that of the value it names",
     "value": "the objective it reports",
     "same mean": "the mean of another estimator",
     "same draws": "another estimator's gradients, draw by draw",
@@ -24,6 +26,7 @@ EXPLAINED = {
     "shapes": "terms [*batch], log weights detached",
     "deterministic": "same noise, same gradient",
     "frozen": "nothing changes by measuring",
+    "learns": "learn() trains what is learned beside the estimate",
     "rows": "replicates as rows of one batch",
     "data apart": "data points do not touch",
     "noiseless": "no noise at the exact posterior",
@@ -91,7 +94,9 @@ class Card:
             worst = max((c.off for c in claims if c.off == c.off), default=math.nan)
             limit = max((c.detectable for c in claims if c.detectable == c.detectable), default=math.nan)
             size = "" if worst != worst else f"; off by {worst:.1g} at most"
-            if name == "biased as declared":
+            if name == "uphill":
+                size = f"; cosine at least {min(c.off for c in claims):.2g}"
+            elif name == "biased as declared":
                 size = "" if worst != worst else f"; up to {worst:.2g}"
             elif name == "no bias found":
                 size = ""

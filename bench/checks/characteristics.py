@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.differences import at
 from gradiometer.bench.checks.identities import apart
 from gradiometer.bench.checks.worlds import wide
+from gradiometer.bench.costs import cost
 from gradiometer.bench.measured import Measurement
 from gradiometer.bench.measurement import measure
 from gradiometer.bench.models.settings import TOYS
@@ -57,15 +57,13 @@ def characteristics(estimator: Estimator, level: str) -> dict[str, Any]:
 
 
 def _relative_time(problem: Problem, estimator: Estimator, plain: Estimator) -> float:
-    """Of measuring, interleaved, medians."""
+    """Of one gradient as a training step takes it: interleaved, medians."""
     ratios = []
     for _ in range(3):
-        times = []
-        for one in (estimator, plain):
-            began = time.perf_counter()
-            measure(problem, one, replicates=128)
-            times.append(time.perf_counter() - began)
-        ratios.append(times[0] / times[1])
+        own, other = (
+            cost(problem, one, seconds=0.05, threads=1)["seconds_per_gradient"].value for one in (estimator, plain)
+        )
+        ratios.append(own / other)
     return statistics.median(ratios)
 
 

@@ -11,12 +11,12 @@ from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.diagnosis import diagnose
 from gradiometer.bench.checks.differences import Difference, at, difference
 from gradiometer.bench.checks.expectations import Effort, Expectation, Gradients, expectation
-from gradiometer.bench.checks.identities import experienced
-from gradiometer.bench.checks.slopes import along_directions, named, nested
+from gradiometer.bench.checks.identities import experienced, named
+from gradiometer.bench.checks.slopes import nested, of_last_weights, of_own_value
 from gradiometer.bench.checks.targets import INCLUSIVE, OBJECTIVES, inclusive, objective_of, target
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import trainable
-from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.registry import parse
 
 Planted = Callable[[Gradients], Gradients]  # what a fault in single layers does to a gradient
@@ -38,9 +38,12 @@ def claims(estimator: Estimator, world: World, effort: Effort, planted: Planted 
             continue
         samples = {name: found.samples[name] for name in members}
         if nested(estimator, world) and group != "inference":
-            yield along_directions(estimator, world, state, group, samples, effort)
+            yield of_last_weights(estimator, world, state, group, samples, effort)
         else:
             yield _of_group(estimator, world, group, samples, found.exact, effort)
+            yield from _ascends(estimator, world, group, found)
+        if found.value is not None:
+            yield of_own_value(estimator, world, state, group, samples, effort)
     if found.objective is not None and not nested(estimator, world):
         yield _value(estimator, world, found, effort)
     for settings, word in estimator.facts.same_mean.items():
@@ -66,6 +69,18 @@ def _of_group(estimator: Estimator, world: World, group: str, samples: Gradients
     means = {n: sample.mean(0) for n, sample in samples.items()}
     said = f"not the gradient of {name}: {diagnose(means, wanted, world, estimator.K)}; off by {apart.off:.2g} in {apart.tensor!r}"
     return Claim("unbiased", False, where, said, apart.off, apart.detectable)
+
+
+def _ascends(estimator: Estimator, world: World, group: str, found: Expectation) -> Iterator[Claim]:
+    """A biased gradient that is of any use points uphill; with one particle a self-normalised one need not."""
+    wanted = wanted_of(estimator, world, group)
+    if group not in estimator.facts.biased or estimator.K < 2 or wanted is None:
+        return
+    names = [name for name in trainable(world.model, State())[group]]
+    mean, exact = (torch.cat([of[name].flatten() for name in names]) for of in (found.mean, wanted))
+    cosine = float(mean @ exact / (mean.norm() * exact.norm()).clamp(min=1e-300))
+    said = f"its cosine to the gradient of {estimator.facts.objective_of(group)} is {cosine:.2g}"
+    yield Claim("uphill", cosine > 0, f"{group}, {world.name}, K = {estimator.K}", said, cosine)
 
 
 def wanted_of(estimator: Estimator, world: World, group: str) -> Gradients | None:

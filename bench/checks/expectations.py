@@ -142,10 +142,12 @@ class Expectation:
     Attributes:
         samples: by parameter, ``[S, *shape]``.
         objective: the mean value of the estimator's own objective, ``[S]``; None if it gives no log weights.
+        value: likewise, of what its terms are the derivative of, if it says so.
     """
 
     samples: Gradients
     objective: Tensor | None
+    value: Tensor | None
     exact: bool
 
     @property
@@ -199,9 +201,15 @@ def expectation(
             else _one_by_one(estimator, world, state, columns, objective)
             for columns in _sobol(scalars, effort.randomisations, seed, effort.points if rows else effort.points - 3)
         ]
-    gradients = {name: torch.stack([of[name] for of, _ in found]) for name in found[0][0]}
-    values = [value for _, value in found if value is not None]
-    return Expectation(gradients, torch.stack(values) if values else None, rule is not None)
+    gradients = {name: torch.stack([of[0][name] for of in found]) for name in found[0][0]}
+    return Expectation(
+        gradients, _stacked([of[1] for of in found]), _stacked([of[2] for of in found]), rule is not None
+    )
+
+
+def _stacked(values: Sequence[Tensor | None]) -> Tensor | None:
+    known = [value for value in values if value is not None]
+    return torch.stack(known) if known else None
 
 
 def _product(asks: Sequence[Ask], world: World) -> tuple[Tensor, Tensor] | None:
@@ -232,35 +240,43 @@ def _sobol(scalars: int, randomisations: int, seed: int, points: int) -> list[Te
     return [torch.tensor(of).clamp(1e-12, 1 - 1e-12) for of in made]
 
 
+Means = tuple[Gradients, Tensor | None, Tensor | None]  # of gradients, the objective, and terms' own value
+
+
 def _one_by_one(
     estimator: Estimator, world: World, state: State, columns: Tensor, objective: Objective | None
-) -> tuple[Gradients, Tensor | None]:
+) -> Means:
     """Likewise, of an estimator whose replicates cannot be rows."""
     made = [
         _over(estimator, world, state, Nodes(of.unsqueeze(0), exact=False, single=True), 0, objective) for of in columns
     ]
-    gradients = {name: torch.stack([of[name] for of, _ in made]).mean(0) for name in made[0][0]}
-    values = [value for _, value in made if value is not None]
-    return gradients, torch.stack(values).mean() if values else None
+    gradients = {name: torch.stack([of[0][name] for of in made]).mean(0) for name in made[0][0]}
+    means = [_stacked([of[i] for of in made]) for i in (1, 2)]  # type: ignore[misc]
+    first, second = (None if mean is None else mean.mean() for mean in means)
+    return gradients, first, second
 
 
 def _over(
     estimator: Estimator, world: World, state: State, nodes: Nodes, rows: int, objective: Objective | None
-) -> tuple[Gradients, Tensor | None]:
-    """The weighted mean of gradients, and of the objective, over the rows of a rule."""
+) -> Means:
+    """Weighted means over the rows of a rule."""
     x = world.x.expand(rows, *world.x.shape) if rows else world.x  # [T, B, ...]
     parameters = trainable(world.model, state)
     total = {name: torch.zeros_like(p) for members in parameters.values() for name, p in members.items()}
-    mean = None
+    of_weights = own = None
+
+    def mean(values: Tensor) -> Tensor:  # what is drawn later weighs nothing yet
+        return (nodes.log_weight.softmax(0) * values).sum(0).mean() if rows else values.mean()
+
     for surrogate in surrogates(estimator, world.model, x, nodes, state):  # type: ignore[arg-type]
-        weight = nodes.log_weight.softmax(0)  # [T, B]; what is drawn later weighs nothing yet
         for group, term in surrogate.terms.items():
             if objective is None and group in parameters and term.requires_grad:
-                add(total, parameters[group], (weight * term).sum(0).mean() if rows else term.mean())
+                add(total, parameters[group], mean(term))
         if surrogate.log_w is not None:
-            value = (objective or estimator.objective)(surrogate.log_w)
-            mean = ((weight * value).sum(0).mean() if rows else value.mean()).detach()
-    return total, mean
+            of_weights = mean((objective or estimator.objective)(surrogate.log_w)).detach()
+        if surrogate.value is not None:
+            own = mean(surrogate.value).detach()
+    return total, of_weights, own
 
 
 def add(total: Gradients, members: Mapping[str, Tensor], value: Tensor) -> None:

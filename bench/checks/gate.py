@@ -46,7 +46,7 @@ class Thoroughness:
 
 LEVELS: dict[str, Thoroughness] = {
     "quick": Thoroughness((2, 3), Effort(randomisations=16), Schedule(256, 4, 1e-5), False),
-    "full": Thoroughness((1, 2, 3, 4), Effort(points=12), Schedule(256, 7, 1e-5), True),
+    "full": Thoroughness((1, 2, 3, 4), Effort(points=13), Schedule(256, 7, 1e-5), True),
 }
 
 
@@ -109,8 +109,8 @@ def _identities(estimator: Estimator, worlds: Sequence[World], how: Thoroughness
         raise Broken(f"no model here offers what it needs ({needs})")
     for world in worlds:
         yield from identities.identities(estimator, world)
-    if estimator.facts.noiseless:
-        yield identities.noiseless(estimator)
+    if (claim := identities.noiseless(estimator)) is not None:
+        yield claim
 
 
 def _exact(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[Claim]:

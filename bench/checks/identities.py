@@ -34,7 +34,11 @@ def experienced(estimator: Estimator, world: World, seed: int = 0) -> State:
     for parameter in members:
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     for step in range(LEARNT):
-        learning_step(estimator, world.model, world.x, Rng(seed, step, "settle", block=1), state, learned, optimizer)
+        rng = Rng(seed, step, "settle", block=1)
+        try:
+            learning_step(estimator, world.model, world.x, rng, state, learned, optimizer)
+        except RuntimeError as error:
+            raise Broken(f"a step of learning fails: {str(error).partition('.')[0]}") from error
     return state
 
 
@@ -147,6 +151,37 @@ def _learned(state: State) -> list[Tensor]:
     return [p for module in state.learned.values() for p in module.parameters()]
 
 
+def _learns(estimator: Estimator, world: World) -> str:
+    """What is learned beside the estimate has a gradient from `learn`, in every parameter, and none from the surrogate."""
+    state = experienced(estimator, world)
+    groups = {group: list(module.parameters()) for group, module in state.learned.items()}
+    own = {group: members for group, members in groups.items() if group not in named(estimator)}
+    if not own:
+        return "nothing is learned beside the estimate"
+    terms = estimator.learn(world.model, world.x, Rng(3, 0), state)
+    for group, members in own.items():
+        if group not in terms or not terms[group].requires_grad:
+            raise Broken(f"nothing trains {group!r}: learn() has no term of it that carries a graph")
+        found = torch.autograd.grad(
+            terms[group].mean(), members, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if all(not bool(gradient.any()) for gradient in found):
+            raise Broken(f"nothing trains {group!r}: the gradient of its term is zero")
+    for surrogate in surrogates(estimator, world.model, world.x, Rng(3, 0), state):
+        for group in own:
+            if group in surrogate.terms:
+                raise Broken(
+                    f"the surrogate has a term of {group!r}, which is no part of the estimate: put it into learn()"
+                )
+    return f"learn() trains {', '.join(own)}"
+
+
+def named(estimator: Estimator) -> set[str]:
+    """The groups that its facts name one by one."""
+    objective = estimator.facts.objective
+    return set() if isinstance(objective, str) else set(objective)
+
+
 def _rows(estimator: Estimator, world: World) -> str:
     """A row of a batch of replicates is that replicate alone, also where R is B or K, and in any chunks."""
     state = experienced(estimator, world)
@@ -220,11 +255,13 @@ def _same_draws(own: Estimator, other: Estimator, world: World) -> str:
     return f"{own} gives the gradients of {other} on the same noise"
 
 
-def noiseless(estimator: Estimator) -> Claim:
-    """At the exact posterior the inference gradient is zero in every draw, and near it it is not."""
+def noiseless(estimator: Estimator) -> Claim | None:
+    """At the exact posterior the inference gradient is zero in every draw, and near it it is not; None if that is not claimed."""
     where = f"exact posterior, K = {estimator.K}"
     x = _bits(3, 2) - 0.3
     exact, near = World("posterior", Conjugate(), x), World("near it", Conjugate(off=0.1), x)
+    if not estimator.facts.noiseless or not exact.admits(estimator):
+        return None
 
     def test() -> str:
         largest = [
@@ -244,6 +281,7 @@ TESTS: dict[str, Callable[[Estimator, World], str]] = {
     "shapes": _shapes,
     "frozen": _frozen,
     "deterministic": _deterministic,
+    "learns": _learns,
     "rows": _rows,
     "data apart": _apart_from_others,
 }

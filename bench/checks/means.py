@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,15 +56,15 @@ def no_bias_found(estimator: Estimator, world: World, schedule: Schedule) -> Ite
         return
     source, towards, layout, against = made
     verdict = trial(source, layout.blocks, towards, schedule)
-    yield _claim(verdict, f"{world.name}, K = {estimator.K}", against, schedule)
+    yield _claim(verdict, f"{world.name}, K = {estimator.K}", against, groups)
 
 
-def _claim(verdict: Verdict, where: str, against: str, schedule: Schedule) -> Claim:
-    worst = max(verdict.scale.values(), default=float("nan"))
+def _claim(verdict: Verdict, where: str, against: str, groups: Iterable[str]) -> Claim:
+    worst = max((verdict.scale[group] for group in groups if group in verdict.scale), default=float("nan"))
     if not verdict.found:
         said = (
             f"{where}, {verdict.replicates} replicates against {against}; would see {verdict.coordinate:.2g} sd in one "
-            f"coordinate, {100 * worst:.2g} % of a layer's scale"
+            f"coordinate, {100 * worst:.2g} % of a group's scale"
         )
         return Claim("no bias found", True, where, said, detectable=verdict.coordinate)
     size = f"{100 * verdict.size:.2g} % of its scale" if verdict.kind == "scale" else f"{verdict.size:.2g} sd"

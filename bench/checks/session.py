@@ -42,23 +42,21 @@ def run(
         except OSError as error:
             raise RequestError(f"cannot write cards to {out}: {error.strerror}") from None
     began, cards = time.perf_counter(), []
-    for estimator, card in _cards(estimators, level, jobs, plugins):
+    for card in _cards(estimators, level, jobs, plugins):
         say(card.text() + "\n")
         cards.append(card)
-        records.keep(estimator, card.passed)
+        records.keep(card.word, card.code, card.passed)
         if out is not None:
             _write(out, card)
     say(_summary(cards, time.perf_counter() - began))
     return 0 if all(card.passed for card in cards) else 1
 
 
-def _cards(
-    estimators: Sequence[Estimator], level: Level, jobs: int, plugins: Sequence[str]
-) -> Iterator[tuple[Estimator, Card]]:
+def _cards(estimators: Sequence[Estimator], level: Level, jobs: int, plugins: Sequence[str]) -> Iterator[Card]:
     if jobs == 1 or len(estimators) == 1:
         _begin(plugins)
         for estimator in estimators:
-            yield estimator, check(estimator, level)
+            yield check(estimator, level)
         return
     from multiprocessing import get_context
 
@@ -67,8 +65,8 @@ def _cards(
     pool = ProcessPool(jobs, context=get_context("spawn"), initializer=_begin, initargs=[list(plugins)])
     with pool:
         waiting = [pool.schedule(check, [estimator, level]) for estimator in estimators]
-        for estimator, future in zip(estimators, waiting, strict=True):
-            yield estimator, future.result()
+        for future in waiting:
+            yield future.result()
 
 
 def _begin(plugins: Sequence[str]) -> None:

@@ -104,7 +104,7 @@ def trial(source: Source, blocks: Mapping[str, slice], towards: Array, schedule:
         >>> noise = np.random.default_rng(0).normal(size=(4096, 50))
         >>> verdict = trial(lambda r: noise[r.start : r.stop], {"all": slice(0, 50)}, np.ones(50), Schedule(256, 4, 0.01))
         >>> verdict.found, round(verdict.coordinate, 2)
-        (False, 0.14)
+        (False, 0.13)
     """
     generator = np.random.default_rng(seed)
     source = _without_rounding(source, ROUNDING * float(np.abs(towards).max(initial=0.0)))

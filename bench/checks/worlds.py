@@ -32,7 +32,7 @@ class World:
     name: str
     model: Any
     x: Tensor
-    nodes: Mapping[int, int] = field(default_factory=lambda: {1: 80, 2: 64, 3: 28})
+    nodes: Mapping[int, int] = field(default_factory=lambda: {1: 80, 2: 64, 3: 36})
     accuracy: float = 1e-9
     most: int = 4
 
