@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,9 @@ class Batch:
     ) -> None:
         self.estimators, self.model, self.x, self.states = estimators, model, x, states
         self.by_columns = by_columns and together(estimators)
-        learned = states[0].learned if len(estimators) == 1 else {}
+        learned = {}
+        if len(estimators) == 1:  # what is learned beside the estimate is called, but has no gradient to record
+            learned = {group: module for group, module in states[0].learned.items() if group in parameters}
         self.network = Network(getattr(model, "_model", model), learned, parameters, len(x))
         if self.by_columns and not self._guide_is_known():
             if len(estimators) > 1:
@@ -62,6 +65,17 @@ class Batch:
         if self.network.guide is not None:
             held += 12 * len(x) * estimators[0].K * self.network.guide[0].event_shape.numel()  # noise, densities
         self.bytes_each = max(1, int(held) * x.element_size())  # of a replicate, about
+
+    def on(self, x: Tensor) -> Batch:
+        """The same on another minibatch of the same shape: shapes stay, and the guide runs once more."""
+        changed, network = copy.copy(self), copy.copy(self.network)
+        changed.x, changed.network = x, network
+        if network.guide is not None:
+            # Calls are told from their order in a pass, which has no guide's.
+            network.guide, network.called = None, None
+            changed._guide_is_known()
+            network.called = self.network.called
+        return changed
 
     def draw(self, rng: Rng) -> Pass:
         """Gradients of every replicate of `rng`, those of weights as factors."""

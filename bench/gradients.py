@@ -58,6 +58,15 @@ def trainable(model: Any, state: State) -> dict[str, dict[str, nn.Parameter]]:
     return {group: members for group, members in free.items() if members}
 
 
+def estimated(estimator: Estimator, state: State, parameters: Parameters) -> Parameters:
+    """Those parameters that the estimate is a gradient by: of the model, and of learned groups that its objective names.
+
+    A baseline or a control variate learns, too, but by terms of its own, which are no part of the estimate.
+    """
+    named = () if isinstance(estimator.facts.objective, str) else estimator.facts.objective
+    return {group: members for group, members in parameters.items() if group not in state.learned or group in named}
+
+
 def surrogates(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
     """The estimator's surrogates, one or several."""
     made = estimator.surrogate(model, x, rng, state)

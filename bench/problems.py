@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradiometer.bench.models.protocol import offers
@@ -22,6 +24,8 @@ class Problem:
         name: as typed, ``digits-vae@late``.
         held_out: data on which active units are counted.
         about: columns of the rows: model, dataset, snapshot, digest.
+        minibatch: draws another minibatch like `x` from the training data, with all of its randomness from the generator; None
+            where there is no other.
     """
 
     model: Any
@@ -30,6 +34,7 @@ class Problem:
     name: str = "problem"
     held_out: Tensor | None = None
     about: dict[str, str] = field(default_factory=dict)
+    minibatch: Callable[[torch.Generator], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module):
@@ -46,6 +51,9 @@ ADVICE = {
     "kl": "needs a divergence from prior to guide in closed form; try sgvb-a or stl",
     "likelihood": "needs a model with a separate likelihood; try sgvb-a or rloo",
     "gaussian": "needs a guide of independent Gaussians; try iwae or vimco",
+    "bernoulli": "needs one layer of independent Bernoulli latents; try rloo or vimco",
+    "discrete": "needs one layer of independent Bernoulli or one-hot latents; try sgvb-a or rloo",
+    "relaxed": "needs a joint that makes sense between the values of its latents; try rloo or disarm",
 }
 
 

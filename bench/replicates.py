@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradiometer.bench.accumulators import SHARED_FEW
 from gradiometer.bench.batched import Batch, dense, together
-from gradiometer.bench.gradients import Parameters, one, trainable
+from gradiometer.bench.gradients import Parameters, estimated, one, trainable
 from gradiometer.bench.moments import SHARDS
 from gradiometer.bench.outer import Outer
 from gradiometer.bench.tape import NotRows, Part, Pass
@@ -31,13 +31,19 @@ MEMORY = 2 * 2**30  # bytes a measurement may take beside the model and the data
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """An estimator on a model held still: its memory, and the parameters its gradients are taken by."""
+    """An estimator on a model held still: its memory, and the parameters its gradients are taken by.
+
+    Of the parameters given, those that the estimate is no gradient by are left out.
+    """
 
     estimator: Estimator
     model: Any
     x: Tensor
     state: State
     parameters: Parameters
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", estimated(self.estimator, self.state, self.parameters))
 
     def double(self) -> Subject:
         """A copy in double precision."""
@@ -63,6 +69,11 @@ class Plan:
         """Whether squared norms cost less than second moments: of more than one row in a replicate, and of few."""
         rows = len(self.subjects[0].x) * self.subjects[0].estimator.K
         return self.engine == "rows" and 1 < rows <= SHARED_FEW
+
+    def on(self, x: Tensor) -> Plan:
+        """The same on another minibatch of the same shape."""
+        subjects = tuple(replace(subject, x=x) for subject in self.subjects)
+        return replace(self, subjects=subjects, batch=None if self.batch is None else self.batch.on(x))
 
     def halved(self) -> Plan:
         """The same with half as many replicates at a time, since memory ran out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,13 @@ def train(model: Any, estimator: Estimator, dataset: Dataset, recipe: Recipe) ->
         yield step + 1, spent
 
 
-def settled(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:
-    """The estimator's memory after `SETTLE` steps at these parameters, on noise of its own."""
+def settled(
+    estimator: Estimator, model: Any, x: Tensor, seed: int, minibatch: Callable[[int], Tensor] | None = None
+) -> State:
+    """The estimator's memory after `SETTLE` steps at these parameters, on noise of its own.
+
+    All steps are on `x`, or each on the `minibatch` of its number.
+    """
     state = initial_state(estimator, model, x, seed)
     if not (state.tracked or state.learned):
         return state
@@ -64,7 +69,7 @@ def settled(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:
     )
     for step in range(SETTLE):
         rng = Rng(seed, step, "settle", x.device, block=1)
-        learning_step(estimator, model, x, rng, state, learned, optimizer)
+        learning_step(estimator, model, x if minibatch is None else minibatch(step), rng, state, learned, optimizer)
     return state
 
 

@@ -81,12 +81,15 @@ class Surrogate:
     """Losses in place of gradients.
 
     ``terms[g]`` is differentiated with respect to group ``g`` only, and ascended; its value means nothing. ``log_w`` (detached,
-    ``[K, *batch]``) gives the objective and the weights' statistics; ``observe`` is what tracked averages follow.
+    ``[K, *batch]``) gives the objective and the weights' statistics; ``observe`` is what tracked averages follow. ``value``
+    (detached) is for terms that are one function's derivative, exact for its mean and biased for the objective, a relaxation's:
+    checks hold them to it, and it is never reported.
     """
 
     terms: Mapping[str, Tensor]  # {group: [*batch]}
     log_w: Tensor | None = None
     observe: Mapping[str, Tensor] = field(default_factory=dict)
+    value: Tensor | None = None  # [*batch]
 
 
 class Average:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -36,6 +36,36 @@ class IWAE(Weighted):
 
 @register
 @dataclass(frozen=True)
+class IWAESTL(Weighted):
+    """Pathwise gradient of the K-sample bound without the score of the guide; biased (Roeder et al. 2017).
+
+    The score has mean zero under equal weights, not under those of the bound, so the inference gradient is biased for K > 1.
+    """
+
+    K: int = 8
+    facts = Facts(
+        "iwae-stl",
+        family=FAMILY,
+        objective="iwelbo",
+        biased=("inference",),
+        needs=("rsample",),
+        noiseless=True,
+        same_draws={"K=1": "stl"},
+        cite="roeder2017sticking",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.K == 1:
+            object.__setattr__(self, "facts", replace(self.facts, biased=()))
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        w = normalized(log_w)
+        return Coefficients(generative=w, pathwise=w)
+
+
+@register
+@dataclass(frozen=True)
 class DReG(Weighted):
     """Doubly reparameterised gradient of the K-sample bound (Tucker et al. 2019)."""
 
@@ -53,6 +83,19 @@ class DReG(Weighted):
     def coefficients(self, log_w: Tensor) -> Coefficients:
         w = normalized(log_w)
         return Coefficients(generative=w, pathwise=w**2)
+
+
+@register
+@dataclass(frozen=True)
+class IWAEScore(Weighted):
+    """Score-function gradient of the K-sample bound without a baseline (Mnih & Rezende 2016)."""
+
+    K: int = 8
+    facts = Facts("iwae-score", family=FAMILY, objective="iwelbo", same_mean={"": "iwae"}, cite="mnih2016vimco")
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        w = normalized(log_w)
+        return Coefficients(generative=w, score=log_mean_exp(log_w) - w)
 
 
 @register

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical, Uniform
 
 BLOCK = 16  # replicates that share one generator; part of what a seed means, so a change of it changes every number
 
@@ -96,6 +96,9 @@ class Rng:
         match base:
             case Normal():
                 return base.loc + base.scale * self._noise(shape, axes, _fill_normal).to(base.loc.dtype)
+            case Uniform():
+                u = self._noise(shape, axes, _fill_uniform).to(base.low.dtype)  # as `u < p` draws a Bernoulli
+                return base.low + (base.high - base.low) * u
             case Bernoulli():
                 probs = base.probs
                 return (self._noise(shape, axes, _fill_uniform).to(probs.dtype) < probs).to(probs.dtype)

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, full_like
+from torch import Tensor, full_like, nn, no_grad
 
 from gradiometer.estimators.base import Average, Coefficients, Facts, State, Weighted
+from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import register
 from gradiometer.estimators.weights import mean_of_others
+
+HIDDEN = 100  # units of nvil's baseline, as in its paper
 
 
 @register
@@ -46,11 +49,59 @@ class MovingAverage(Weighted):
     def signal(self, log_w: Tensor, x: Tensor, state: State) -> Tensor:
         return log_w - state.tracked["signal"].value
 
-    def observe(self, log_w: Tensor) -> Mapping[str, Tensor]:
+    def observe(self, log_w: Tensor, x: Tensor, state: State) -> Mapping[str, Tensor]:
         return {"signal": log_w}
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         return Coefficients(generative=full_like(log_w, 1 / self.K), score=log_w / self.K)
+
+
+@register
+@dataclass(frozen=True)
+class NVIL(Weighted):
+    """Neural variational inference and learning: the score function with a baseline that is a network of x (Mnih & Gregor 2014).
+
+    The signal ``l - C(x)`` is centred by its moving average ``m`` and divided by ``max(1, sqrt v)``, its standard deviation, so the
+    inference gradient has the ELBO's direction and a length of its own. The paper's averages hold the step's own draws; these hold
+    earlier ones only, or else the direction would be biased.
+    """
+
+    decay: float = 0.8
+    facts = Facts("nvil", family="score-function", objective="elbo", rescaled=("inference",), cite="mnih2014neural")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"nvil needs 0 <= decay < 1, not decay={self.decay}")
+
+    def init_state(self, model: Any, x: Tensor) -> State:
+        baseline = nn.Sequential(nn.Linear(x[0].numel(), HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
+        return State({"signal": Average(self.decay), "square": Average(self.decay)}, {"baseline": baseline})
+
+    def signal(self, log_w: Tensor, x: Tensor, state: State) -> Tensor:
+        m, square = state.tracked["signal"].value, state.tracked["square"].value
+        v = square - m**2
+        return (self._less_baseline(log_w, x, state).detach() - m) / max(1.0, v) ** 0.5
+
+    def observe(self, log_w: Tensor, x: Tensor, state: State) -> Mapping[str, Tensor]:
+        signal = self._less_baseline(log_w, x, state).detach()
+        return {"signal": signal, "square": signal**2}
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        return Coefficients(generative=full_like(log_w, 1 / self.K), score=log_w / self.K)
+
+    def learn(self, model: Any, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
+        with no_grad():
+            q = model.guide(x)
+            z = rng.sample(q, self.K)
+            log_w = model.log_joint(x, z) - q.log_prob(z)  # [K, *batch]
+        error = self._less_baseline(log_w, x, state) - state.tracked["signal"].value
+        return {"baseline": -error.square().mean(0)}
+
+    def _less_baseline(self, log_w: Tensor, x: Tensor, state: State) -> Tensor:
+        """``l - C(x)``, ``[K, *batch]``."""
+        pixels = x.reshape(*log_w.shape[1:], -1)  # an image may have several axes
+        return log_w - state.learned["baseline"](pixels).squeeze(-1)
 
 
 @register

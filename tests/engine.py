@@ -7,16 +7,19 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from gradiometer.bench.batched import Batch, dense
-from gradiometer.bench.gradients import Draw, one, trainable
+from gradiometer.bench.gradients import Draw, estimated, one, trainable
 from gradiometer.bench.models.toys import Expectation, FunctionToy
 from gradiometer.bench.models.vae import VAE, Architecture
+from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.registry import parse
 
 WORDS = (
     "sgvb-a", "sgvb-a:K=3", "sgvb-b:K=2", "stl:K=2", "reinforce:K=2", "moving-average:K=2", "rloo:K=3", "iwae:K=3", "dreg:K=3",
     "vimco:K=3", "rws:K=3", "rws-dreg:K=3", "vr:K=3", "vr:K=3,alpha=-1.5", "ciwae:K=3", "tvo:K=3", "tvo:K=3,partitions=5",
-    "nvi:K=3", "nvi:K=3,levels=3,resample=systematic,path=learned",
+    "nvi:K=3", "nvi:K=3,levels=3,resample=systematic,path=learned", "iwae-stl:K=3", "iwae-score:K=3", "nvil:K=3",
+    "concrete:K=2", "disarm:K=4", "rebar:K=2", "relax:K=3",
 )  # fmt: skip
 
 
@@ -42,12 +45,17 @@ def data(B: int, D: int = 5) -> Tensor:
     return (torch.rand(B, D, generator=torch.Generator().manual_seed(2)) < 0.4).double()
 
 
+def home(word: str) -> nn.Module:
+    """The Gaussian model, or the first that has what the estimator needs."""
+    return next(m for m in map(vae, KINDS) if reason_to_skip(Problem(m, data(2)), parse(word)) is None)
+
+
 def memory(estimator: Estimator, model: nn.Module, x: Tensor) -> State:
     """Memory that is not what it was at birth, without hundreds of steps."""
     torch.manual_seed(3)
     state = estimator.init_state(model, x)
-    for average in state.tracked.values():
-        average.update(torch.tensor(-1.3, dtype=x.dtype))
+    for name, average in state.tracked.items():
+        average.update(torch.tensor({"signal": -1.3, "square": 9.0}[name], dtype=x.dtype))
     for module in state.learned.values():
         module.to(x.dtype)
         for parameter in module.parameters():
@@ -55,10 +63,19 @@ def memory(estimator: Estimator, model: nn.Module, x: Tensor) -> State:
     return state
 
 
+def binary(units: int) -> nn.Module:
+    """Of Bernoulli latents, with probabilities on either side of one half for `IMAGES`."""
+    model = VAE(Architecture(data=4, hidden=(3,), latent=(units,), kind="bernoulli"))
+    return scrambled(model, seed=134, scale=1.2)
+
+
+IMAGES = torch.tensor([[1.0, 0, 1, 1], [0, 0, 1, 0]]).double()
+
+
 def twins(estimator: Estimator, model: nn.Module, x: Tensor, replicates: range) -> tuple[Draw, list[Draw]]:
     """The same replicates as one batch, and one at a time."""
     state = memory(estimator, model, x)
-    parameters = trainable(model, state)
+    parameters = estimated(estimator, state, trainable(model, state))
     made = Batch([estimator], model, x, [state], parameters).draw(Rng(7, replicates))
     batched = dense(made, 0, parameters)
     return batched, [one(estimator, model, x, Rng(7, r), state, parameters) for r in replicates]
@@ -73,6 +90,8 @@ def apart(batched: Draw, singles: list[Draw]) -> float:
         alone = torch.stack([single.gradients[name] for single in singles])
         scale = float(alone.abs().max()) or 1.0
         worst = max(worst, float((batch - alone).abs().max()) / scale)
+    if batched.log_w is None:
+        return worst if all(single.log_w is None for single in singles) else float("inf")
     log_w = torch.stack([single.log_w for single in singles], 1)
     return max(worst, float(((batched.log_w - log_w) / log_w.abs().max()).abs().max()))
 

@@ -6,11 +6,13 @@ given; its terms are weighted with the outcomes' probabilities. What comes out i
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from scipy.stats import qmc
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Bernoulli, Distribution, Independent
 
 torch.set_num_threads(1)
 
@@ -110,6 +112,16 @@ class Outcomes:
         rows = [_flat_gradient(each, self.groups["inference"]) for each in term]
         return torch.stack(rows), probability[:, 0]
 
+    def by_logits(self, estimator, state) -> tuple[Tensor, Tensor]:
+        """Of one data point: each outcome's gradient by the guide's Bernoulli logits ``[T, D]``, and probability ``[T, 1]``."""
+        probability = self.probabilities().detach()
+        x = self.x.expand(len(probability), *self.x.shape)
+        logits = self.model.guide(x).base_dist.logits.detach().requires_grad_()
+        q = Independent(Bernoulli(logits=logits, validate_args=False), 1)
+        view = SimpleNamespace(guide=lambda x: q, log_joint=self.model.log_joint)
+        term = estimator.surrogate(view, x, self.source(), state).terms["inference"]
+        return torch.autograd.grad(term.sum(), logits)[0][:, 0], probability
+
 
 class Enumerated(Outcomes):
     """All K-tuples of a binary latent of few units."""
@@ -154,6 +166,56 @@ class Quadrature(Outcomes):
 
     def probabilities(self) -> Tensor:
         return self.weight
+
+
+def doubly_exponential(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points and weights in (0, 1), closer and closer together at its ends (Takahasi & Mori 1974)."""
+    t = np.linspace(-2.9, 2.9, nodes)
+    weights = np.cosh(t) / np.cosh(np.pi / 2 * np.sinh(t)) ** 2
+    return 1 / (1 + np.exp(-np.pi * np.sinh(t))), weights / weights.sum()
+
+
+class Uniforms(Outcomes):
+    """Uniforms for a binary latent: the cube is cut where a unit flips, at p and 1 - p, and each piece is integrated by itself.
+
+    Args:
+        draws: uniforms per latent unit.
+        nodes: of a quadrature on either side of p that allows for singularities at 0 and 1; None for what is linear on each of the
+            three pieces.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, draws: int, nodes: int | None = None) -> None:
+        super().__init__(model, x, draws)
+        p = model.guide(x).mean.detach().numpy()  # [B, D]
+        cuts = np.sort(np.stack([0 * p, p, 1 - p, 0 * p + 1]), axis=0)
+        points, weights = (cuts[1:] + cuts[:-1]) / 2, np.diff(cuts, axis=0)  # [n, B, D]
+        if nodes is not None:
+            near, weight = (of[:, None, None] for of in doubly_exponential(nodes))
+            points = np.concatenate([p * near, 1 - (1 - p) * near])
+            weights = np.concatenate([p * weight, (1 - p) * weight])
+        units = p.shape[-1]
+        chosen = np.stack([g.ravel() for g in np.meshgrid(*[range(len(points))] * (draws * units), indexing="ij")], 1)
+        chosen = chosen.reshape(-1, draws, units).swapaxes(0, 1)  # [draws, T, D]
+        at = (chosen[:, :, None], np.arange(len(x))[:, None], np.arange(units))
+        self.u = torch.tensor(points[at])  # [draws, T, B, D]
+        self.weight = torch.tensor(weights[at].prod(axis=(0, 3)))  # [T, B]
+
+    def source(self) -> Given:
+        return Given(self.u, standard=False)
+
+    def probabilities(self) -> Tensor:
+        return self.weight
+
+
+class Scattered(Uniforms):
+    """Scrambled Sobol points, where there are too many uniforms for a grid: the mean of a few `seed`s has an error bar."""
+
+    def __init__(self, model: nn.Module, x: Tensor, draws: int, seed: int) -> None:
+        Outcomes.__init__(self, model, x, draws)
+        units = model.guide(x).event_shape[0]
+        points = qmc.Sobol(draws * units, rng=np.random.default_rng(seed)).random_base2(11).clip(1e-12, 1 - 1e-12)
+        self.u = torch.tensor(points).unflatten(1, (draws, units)).movedim(1, 0).unsqueeze(2).expand(-1, -1, len(x), -1)
+        self.weight = torch.full(self.u.shape[1:3], 1 / len(points)).double()
 
 
 def elbo(log_w: Tensor) -> Tensor:

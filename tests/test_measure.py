@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from engine import KINDS, WORDS, HighSignal, Shifted, apart, data, equal, twins, vae
+from engine import KINDS, WORDS, HighSignal, Shifted, apart, data, equal, home, twins, vae
 from oracles import Enumerated, bound, elbo, scrambled
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent, Normal
@@ -43,7 +43,7 @@ def test_every_replicate_of_a_batch_is_the_replicate_alone(word: str, kind: str)
 
 @pytest.mark.parametrize("word", WORDS)
 def test_single_precision_costs_rounding_only(word: str) -> None:
-    model, x = vae().float(), data(3).float()
+    model, x = home(word).float(), data(3).float()
     batched, singles = twins(parse(word), model, x, range(5))
     assert apart(batched, singles) < 2e-5
 
@@ -80,7 +80,23 @@ def test_equal_numbers_of_replicates_particles_and_data_confuse_nothing(word: st
     assert apart(batched, singles) < 1e-10
 
 
-@pytest.mark.parametrize("word", ["sgvb-a:K=2", "sgvb-b", "reinforce", "rloo", "iwae", "dreg", "rws"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "sgvb-a:K=2",
+        "sgvb-b",
+        "reinforce",
+        "rloo",
+        "iwae",
+        "dreg",
+        "rws",
+        "nvil",
+        "concrete",
+        "disarm",
+        "rebar",
+        "relax",
+    ],
+)
 @pytest.mark.parametrize("toy", ["gaussian", "function", "bernoulli"])
 def test_toys_are_measured_in_batches_too(word: str, toy: str) -> None:
     model = {"gaussian": lambda: GaussianToy(3), "function": FunctionToy, "bernoulli": BernoulliToy}[toy]().double()
@@ -129,9 +145,12 @@ def moments(**options) -> dict[str, np.ndarray]:
     return {f"{kind} {name}": a for kind, of in (("mean", m.mean), ("variance", m.variance)) for name, a in of.items()}
 
 
-@pytest.mark.parametrize("word", ["sgvb-b:K=2", "rloo:K=3", "dreg:K=3"])
+@pytest.mark.parametrize(
+    "word", ["sgvb-b:K=2", "rloo:K=3", "dreg:K=3", "nvil:K=2", "concrete", "disarm", "rebar", "relax:K=2"]
+)
 def test_rows_and_loop_leave_the_same_moments(word: str) -> None:
-    assert equal(moments(word=word), moments(word=word, engine="loop"), 1e-10)
+    model = home(word)
+    assert equal(moments(word=word, model=model), moments(word=word, model=model, engine="loop"), 1e-10)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 16, 40, 100])
@@ -282,7 +301,7 @@ class Convolutional(nn.Module):
         return Independent(Bernoulli(logits=logits, validate_args=False), 1).log_prob(x) + 0.1 * z.sum(-1)
 
 
-@pytest.mark.parametrize("word", ["reinforce:K=2", "rloo:K=3", "vimco:K=3", "rws:K=1"])
+@pytest.mark.parametrize("word", ["reinforce:K=2", "rloo:K=3", "vimco:K=3", "rws:K=1", "nvil:K=2", "disarm"])
 def test_convolutions_and_embeddings_are_measured_in_batches(word: str) -> None:
     model, x = scrambled(Convolutional(), seed=3), data(3, 16)
     assert apart(*twins(parse(word), model, x, range(14, 19))) < 1e-10
@@ -427,17 +446,37 @@ def test_what_a_problem_lacks_is_a_sentence() -> None:
         ("dreg", "bernoulli"): "dreg needs a reparameterisable guide; try rloo or vimco",
         ("sgvb-b", "two layers"): "sgvb-b needs a divergence from prior to guide in closed form; try sgvb-a or stl",
         ("nvi", "two layers"): "nvi needs a guide of independent Gaussians; try iwae or vimco",
+        ("disarm", "gaussian"): "disarm needs one layer of independent Bernoulli latents; try rloo or vimco",
+        ("rebar", "categorical"): "rebar needs one layer of independent Bernoulli latents; try rloo or vimco",
+        ("relax", "three binary layers"): "relax needs one layer of independent Bernoulli latents; try rloo or vimco",
+        (
+            "concrete",
+            "gaussian",
+        ): "concrete needs one layer of independent Bernoulli or one-hot latents; try sgvb-a or rloo",
     }
     for (word, kind), reason in reasons.items():
         problem = Problem(vae(kind), data(2))
         assert reason_to_skip(problem, parse(word)) == reason
         with pytest.raises(ValueError, match=reason.split(";")[0]):
             measure(problem, parse(word), replicates=4)
-    runs = [word for word in WORDS if reason_to_skip(Problem(vae("bernoulli"), data(2)), parse(word)) is None]
-    assert runs == [
-        "reinforce:K=2", "moving-average:K=2", "rloo:K=3", "vimco:K=3", "rws:K=3", "tvo:K=3", "tvo:K=3,partitions=5"
+    runs = {k: [w for w in WORDS if reason_to_skip(Problem(vae(k), data(2)), parse(w)) is None] for k in KINDS}
+    scores = [
+        "reinforce:K=2", "moving-average:K=2", "rloo:K=3", "vimco:K=3", "rws:K=3", "tvo:K=3", "tvo:K=3,partitions=5",
+        "iwae-score:K=3", "nvil:K=3",
     ]  # fmt: skip
-    assert all(reason_to_skip(Problem(vae(), data(2)), parse(word)) is None for word in WORDS)
+    binary = ["concrete:K=2", "disarm:K=4", "rebar:K=2", "relax:K=3"]
+    assert runs["bernoulli"] == runs["linear"] == scores + binary
+    assert runs["categorical"] == [*scores, "concrete:K=2"]
+    assert runs["three binary layers"] == runs["two categorical layers"] == scores
+    assert runs["gaussian"] == [word for word in WORDS if word not in binary]
+
+
+def test_a_joint_that_holds_at_the_latents_values_only_is_not_relaxed() -> None:
+    problem = Problem(Convolutional(), data(2, 16).float())  # its latents are indices
+    assert reason_to_skip(problem, parse("disarm")) is None
+    wanted = "needs a joint that makes sense between the values of its latents; try rloo or disarm"
+    for word in ("concrete", "rebar", "relax"):
+        assert reason_to_skip(problem, parse(word)) == f"{word} {wanted}"
 
 
 # Several surrogates, and a control variate that learns.

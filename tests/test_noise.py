@@ -19,6 +19,7 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
     OneHotCategorical,
+    Uniform,
 )
 
 from gradiometer.bench.models.layers import Chain, factorized
@@ -49,6 +50,7 @@ def families(batch: int = B) -> dict[str, Distribution]:
         "gamma": Independent(Gamma(width, width + 1), 1),
         "beta": Independent(Beta(width, width + 1), 1),
         "laplace": Independent(Laplace(loc, width), 1),
+        "uniform": Independent(Uniform(loc, loc + width), 1),
         "scalar gamma": Gamma(width[:, 0], width[:, 1]),
         "scalar normal": Normal(loc[:, 0], width[:, 1]),
     }
@@ -264,7 +266,9 @@ def moments(q: Distribution) -> tuple[Tensor, Tensor]:
     return z, (z.mean(0) - q.mean) / (q.variance / N).sqrt()
 
 
-@pytest.mark.parametrize("family", ["normal", "bernoulli", "categorical", "gamma", "beta", "laplace", "scalar gamma"])
+@pytest.mark.parametrize(
+    "family", ["normal", "bernoulli", "categorical", "gamma", "beta", "laplace", "uniform", "scalar gamma"]
+)
 def test_draws_have_the_right_mean_and_spread(family: str) -> None:
     q = families()[family]
     z, t = moments(q)
@@ -284,6 +288,30 @@ def test_uniforms_are_uniform_and_never_on_the_edge() -> None:
     steps = (u - torch.linspace(0, 1, N)).abs().max()  # Kolmogorov-Smirnov
     assert float(steps) * math.sqrt(N) < 2.2
     assert float((u**1.05 - torch.linspace(0, 1, N)).abs().max()) * math.sqrt(N) > 2.2
+
+
+@pytest.mark.parametrize("replicates", [3, range(14, 19)], ids=str)
+def test_uniforms_of_latents_are_those_that_draw_them(replicates: int | range) -> None:
+    """Antithetic and relaxed estimators start from the uniforms, and see the latents that any other estimator sees."""
+    rows = () if isinstance(replicates, int) else (len(replicates),)
+    p = parameters(*rows, B, D).sigmoid()
+    u = Rng(0, replicates).sample(Independent(Uniform(torch.zeros_like(p), torch.ones_like(p)), 1), 4)
+    assert u.shape == (4, *rows, B, D)
+    assert torch.equal((u < p).double(), Rng(0, replicates).sample(Independent(Bernoulli(p), 1), 4))
+    assert not torch.equal((u > 1 - p).double(), Rng(0, replicates).sample(Independent(Bernoulli(p), 1), 4))
+    logits = parameters(*rows, B, D, 3)
+    u = Rng(0, replicates).sample(Independent(Uniform(torch.zeros_like(logits), torch.ones_like(logits)), 2), 4)
+    one_hot = Rng(0, replicates).sample(Independent(OneHotCategorical(logits=logits), 1), 4)
+    assert torch.equal((logits - (-u.log()).log()).argmax(-1), one_hot.argmax(-1))
+
+
+def test_the_edges_of_a_uniform_distribution_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "uniform_", lambda rows, generator: rows.zero_())  # one draw in 2^24
+    for dtype in (torch.float32, torch.float64):
+        u = Rng(0).sample(Uniform(torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype)))
+        assert u.dtype == dtype
+        assert (u > 0).all()
+        assert u.log().isfinite().all()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical
 
 
 @runtime_checkable
@@ -17,6 +17,9 @@ class LatentVariableModel(Protocol):
 
     - ``likelihood(z)``, the distribution ``p(x|z)``, and ``prior(q)``, ``p(z)`` with the guide's batch shape;
     - ``kl(q)``, the divergence from prior to guide in closed form, ``[*batch]``.
+
+    ``relaxed``, an attribute or property, is true of a model of discrete latents whose ``log_joint`` may be evaluated between their
+    values, and is smooth there.
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -30,14 +33,25 @@ class LatentVariableModel(Protocol):
 
 
 def offers(model: LatentVariableModel, x: Tensor) -> set[str]:
-    """The capabilities an estimator may ask for in ``facts.needs`` that `model` has at the minibatch `x`."""
+    """The capabilities an estimator may ask for in ``facts.needs`` that `model` has at the minibatch `x`.
+
+    "rsample", "gaussian", "bernoulli" and "discrete" (Bernoulli or one-hot) are of the guide, the last three of one layer of
+    independent latents; "likelihood", "prior", "kl" and "relaxed" of the model.
+    """
     held = next(iter(model.parameters()), x) if isinstance(model, nn.Module) else x
     guide = model.guide(x.to(held))  # a measurement converts both; here only the shapes matter
     found = {name for name in ("likelihood", "prior") if callable(getattr(model, name, None))}
     if guide.has_rsample:
         found.add("rsample")
-    if isinstance(guide, Independent) and isinstance(guide.base_dist, Normal):
-        found.add("gaussian")
+    match guide:
+        case Independent(base_dist=Normal()):
+            found.add("gaussian")
+        case Independent(base_dist=Bernoulli(), event_shape=(_,)):
+            found |= {"bernoulli", "discrete"}
+        case Independent(base_dist=OneHotCategorical(), event_shape=(_, _)):
+            found.add("discrete")
+    if getattr(model, "relaxed", False):
+        found.add("relaxed")
     if callable(getattr(model, "kl", None)) and getattr(model, "has_kl", True):
         found.add("kl")
     return found

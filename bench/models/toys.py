@@ -86,6 +86,8 @@ class Expectation(nn.Module):
 class BernoulliToy(Expectation):
     """``E[(b - p0)^2]`` over one Bernoulli, ascended (Tucker et al. 2017); the gradient is with respect to the logit."""
 
+    relaxed = True
+
     def __init__(self, p0: float = 0.499, logit: float = 0.5) -> None:
         super().__init__(lambda b: (b - p0) ** 2, [logit])
 

@@ -112,6 +112,12 @@ class VAE(nn.Module):
         """Whether the divergence from prior to guide has a closed form: one stochastic layer."""
         return len(self.units) == 1
 
+    @property
+    def relaxed(self) -> bool:
+        """Whether the joint is smooth between the values of discrete latents: a decoder reads them like any numbers, and the prior
+        of a single layer is uniform."""
+        return self.architecture.kind != "gaussian" and len(self.units) == 1
+
     def guide(self, x: Tensor) -> Distribution:
         q = self.encoder(x - self.center if self.architecture.centred else x)
         return q if self.has_kl else Chain(q, list(self.ascents), self.units)
