@@ -1,7 +1,7 @@
 """What all figures share: their style, their panels, their marks and their files."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -13,9 +13,14 @@ from gradiometer.bench import selection
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.tables import unit_text
 
-__all__ = ["FORMATS", "Plot", "axis", "decades", "floor", "panels", "point", "rendered", "style"]
+__all__ = ["FORMATS", "Plot", "axis", "decades", "floor", "legend_of", "panels", "point", "rendered", "style"]
 
 FORMATS = ("png", "svg", "pdf")
+_SIGNS = {
+    "†": "has not passed a check.",
+    "§": "declared biased, for some group here: low noise is precision about a wrong value.",
+    "¶": "heavy tails: an interval may be too short.",
+}
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 VEIL = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}  # behind words that cross lines
 _RC: Any = {
@@ -153,6 +158,15 @@ def decades(axis_of: Any, low: float, high: float) -> None:
     else:
         axis_of.set_major_locator(LogLocator(numticks=9))
     axis_of.set_minor_formatter(NullFormatter())
+
+
+def legend_of(signs: Mapping[str, str], found: pd.DataFrame) -> str:
+    """What the signs in a figure mean, for the end of its caption; and that nothing in it was checked, where that is so."""
+    used = {sign for text in signs.values() for sign in text.strip()}
+    said = [f"{sign} {words}" for sign, words in _SIGNS.items() if sign in used]
+    if len(found) and not found["checked"].any():
+        said.append("No estimator here has passed a check.")
+    return "".join(f" {text}" for text in said)
 
 
 def wrapped(label: str) -> str:

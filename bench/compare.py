@@ -1,42 +1,89 @@
-"""Paired ratios of a metric between estimators, from stored rows."""
+"""Paired ratios of a metric between estimators, from stored rows, and what each says in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradiometer.bench import statistics
+from gradiometer.bench.efficiency import whole, widened
 from gradiometer.bench.errors import RequestError
-from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.statistics import Value, ratio
+from gradiometer.bench.metrics import COST, METRICS
+from gradiometer.bench.statistics import Value
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SAME_NOISE = ["seed", "replicates", "B", "digest"]
+SAME_NOISE = ("seed", "replicates", "B", "digest")
+MACHINE = {"device": "device", "machine": "machine", "dtype": "precision", "threads": "number of threads"}
+TIMED = frozenset(COST) - {"evaluations", "variance_evaluations"}  # what depends on the machine
+NOISY = ("variance", "variance_seconds", "variance_evaluations", "snr", "snr_corrected", "directional_snr")
+NEEDS = {  # what a ratio of variances, with or without costs, is a ratio of
+    "variance": "the replicates of {} for the same error",
+    "variance_evaluations": "the evaluations of {} for the same error",
+    "variance_seconds": "the time of {} on this machine for the same error",
+}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """An estimator's value over the baseline's; `paired` if both saw the same noise."""
+    """An estimator's value over the baseline's; `paired` if both saw the same noise, `remarks` on what limits it.
+
+    `folder` and `against_folder` are named where the results are of several folders.
+    """
 
     problem: str
     group: str
+    metric: str
     estimator: str
+    against: str
     K: int
+    B: int
+    seed: int
     evaluations: float
     value: Value
     paired: bool
+    remarks: tuple[str, ...] = ()
+    folder: str = ""
+    against_folder: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """What the ratio says, to be read after the estimator's word: ``needs 0.21x [0.19, 0.23] the replicates of ...``."""
+        value, against = self.value, _named(self.against, self.against_folder)
+        label = METRICS[self.metric].label
+        shown = f"{value.value:.3g}x" + (f" [{value.low:.3g}, {value.high:.3g}]" if value.low < value.high else "")
+        if not (math.isfinite(value.low) and math.isfinite(value.high)):
+            said = f"has {value.value:.3g}x the {label} of {against}, without an interval: no verdict"
+        elif max(abs(value.low - 1), abs(value.high - 1)) < 1e-3:
+            said = f"has the same {label} as {against}{'' if value.low == value.high else ' (to 0.1 %)'}"
+        elif value.low <= 1 <= value.high:
+            said = f"cannot be told from {against}: {shown}"
+        elif self.metric in NEEDS:
+            said = f"needs {shown} {NEEDS[self.metric].format(against)}"
+        else:
+            said = f"has {shown} the {label} of {against}"
+        noise = [] if self.paired or self.metric in TIMED - {"variance_seconds"} else ["independent noise"]
+        return "; ".join([said, *noise, *self.remarks])
 
 
 def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
     """Every estimator's `metric` over the baseline's, per problem and group.
 
+    Rows may be of several folders, told apart by a column `folder`. The baseline is that of the first folder that has it on a
+    problem. An estimator measured in several folders has a line for each, and the later ones a line against the first, too:
+    before and after.
+
     Raises:
-        RequestError: the metric or the baseline was not measured, or the two stand for different parameters or data.
+        RequestError: the metric or the baseline was not measured, or the two may not be compared: other parameters or data,
+            another definition of the metric, other code under one word, another minibatch size, costs of another machine.
     """
-    measured = rows[(rows["metric"] == metric) & (rows["status"] == "ok") & (rows["kind"] != "training")]
+    if "folder" not in rows:
+        rows = rows.assign(folder="")
+    rows = rows[(rows["status"] == "ok") & (rows["kind"] != "training") & whole(rows)]
+    measured = rows[rows["metric"] == metric]
     if measured.empty:
         known = ", ".join(sorted(set(rows["metric"]) - {""}))
         raise RequestError(f"{metric!r} was not measured here; these were: {known}")
@@ -44,61 +91,174 @@ def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
         raise RequestError(
             f"the baseline {baseline!r} was not measured here; these were: {', '.join(sorted(set(measured['estimator'])))}"
         )
-    found = list(_ratios(measured, baseline))
+    _refuse_other_code(measured)
+    found = list(_ratios(measured, rows, baseline))
     if not found:
         raise RequestError(f"no problem has both {baseline!r} and another estimator with a positive {metric}")
     return found
 
 
-def _ratios(measured: pd.DataFrame, baseline: str) -> Iterator[Ratio]:
-    for (problem, group), cells in measured.groupby(["problem", "group"], sort=False):
-        bases = cells[cells["estimator"] == baseline]
-        for _, row in cells[cells["estimator"] != baseline].iterrows():
-            for _, base in bases[bases["B"] == row["B"]].iterrows():
-                if row["digest"] != base["digest"]:
-                    raise RequestError(
-                        f"{problem} stands for different parameters or data in these results (other snapshots): rerun one"
-                    )
-                if row["version"] != base["version"]:
-                    raise RequestError(f"{row['metric']} was redefined between these results: rerun the older one")
-                if row["value"] > 0 and base["value"] > 0:
-                    shards = [len(r["jackknife"]) if isinstance(r["jackknife"], list) else 0 for r in (row, base)]
-                    paired = all(row[c] == base[c] for c in SAME_NOISE) and shards[0] == shards[1] > 0
-                    value = ratio(_value(row), _value(base)) if paired else _independent(row, base)
-                    yield Ratio(
-                        str(problem), str(group), row["estimator"], int(row["K"]), row["evaluations"], value, paired
-                    )
+def paired_ratio(a: Any, b: Any) -> Value | None:
+    """The ratio of two rows' values over shards of the same replicates; None where these do not belong together.
+
+    Across K the draws differ, and the shards are merely independent, for which the jackknife of the ratio is right, too.
+    """
+    one, other = value_of(a), value_of(b)
+    if len(one.jackknife) != len(other.jackknife) or len(one.jackknife) < 2:
+        return None
+    if any(str(getattr(a, name)) != str(getattr(b, name)) for name in SAME_NOISE):
+        return None
+    if not all(math.isfinite(v) and v > 0 for v in (*one.jackknife, *other.jackknife)):
+        return None
+    found = statistics.ratio(one, other)
+    return widened(found, _slack(a), _slack(b)) if a.metric == "variance_seconds" else found
 
 
-def _value(row: Any) -> Value:
-    return Value(row["value"], row["stderr"], row["low"], row["high"], tuple(row["jackknife"] or ()))
+def _slack(row: Any) -> float:
+    """The part of a product's relative error that is the cost's: its shards hold that of the variance alone."""
+    value = value_of(row)
+    of_shards = statistics.jackknife(value.value, value.jackknife, positive=True).stderr
+    return math.sqrt(max(0.0, value.stderr**2 - of_shards**2)) / value.value
 
 
-def _independent(row: Any, base: Any) -> Value:
-    """The ratio of two values with independent errors, its interval on the log scale."""
-    value = row["value"] / base["value"]
-    relative = math.hypot(row["stderr"] / row["value"], base["stderr"] / base["value"])
-    factor = math.exp(1.96 * relative)
-    return Value(value, value * relative, value / factor, value * factor)
+def value_of(row: Any) -> Value:
+    """A row's value with its error and shards."""
+    shards = row.jackknife if isinstance(row.jackknife, Sequence) and not isinstance(row.jackknife, str) else ()
+    return Value(float(row.value), float(row.stderr), float(row.low), float(row.high), tuple(map(float, shards)))
 
 
-def table(found: list[Ratio], metric: str, baseline: str) -> Any:
-    """The ratios as a table for a terminal, a section per problem and group."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def _ratios(measured: pd.DataFrame, rows: pd.DataFrame, baseline: str) -> Iterator[Ratio]:
+    folders = list(dict.fromkeys(measured["folder"]))
+    some = bool(measured["checked"].any())
+    for _, cells in measured.groupby(["problem", "group"], sort=False):
+        every: list[Any] = list(cells.itertuples())
+        bases = [row for row in every if row.estimator == baseline]
+        bases = [row for row in bases if row.folder == bases[0].folder]
+        for row in every:
+            earlier = [r for r in every if r.estimator == row.estimator and r.folder == _first(every, row.estimator)]
+            pairs = [bases] + ([earlier] if row.folder != earlier[0].folder and row.estimator != baseline else [])
+            for candidates in filter(None, pairs):
+                base = _partner(row, candidates)
+                elsewhere = base.B != row.B and any(r.estimator == row.estimator and r.B == base.B for r in every)
+                if base.Index == row.Index or elsewhere:
+                    continue
+                _refuse(row, base)
+                if row.value > 0 and base.value > 0:
+                    yield _ratio(row, base, _remarks(row, base, rows, some), named=len(folders) > 1)
 
-    made = Table(box=box.SIMPLE_HEAD, title=f"{METRICS[metric].label}, relative to {baseline}")
-    for column in ("estimator", "K", "evaluations", "ratio", "95 % interval", "noise"):
-        made.add_column(column, justify="left" if column in ("estimator", "noise") else "right", no_wrap=True)
-    section = ("", "")
-    for row in sorted(found, key=lambda r: [f.problem for f in found].index(r.problem)):
-        if (row.problem, row.group) != section:
-            section = (row.problem, row.group)
-            made.add_section()
-            made.add_row(Text(f"{row.problem} {row.group}".strip(), style="bold italic"))
-        value = row.value
-        interval = f"[{value.low:.3g}, {value.high:.3g}]"
-        paired = "paired" if row.paired else "independent"
-        made.add_row(row.estimator, str(row.K), f"{row.evaluations:g}", f"{value.value:.3g}", Text(interval), paired)
-    return made
+
+def _first(rows: Sequence[Any], estimator: str) -> str:
+    return next(str(row.folder) for row in rows if row.estimator == estimator)
+
+
+def _partner(row: Any, bases: Sequence[Any]) -> Any:
+    """Of several rows of the baseline the one most alike, the size of the minibatch first."""
+
+    def alike(base: Any) -> tuple[bool, ...]:
+        return tuple(str(getattr(row, n)) == str(getattr(base, n)) for n in ("B", "digest", *MACHINE, *SAME_NOISE[:2]))
+
+    return max(bases, key=alike)  # the first of equals
+
+
+def _refuse(row: Any, base: Any) -> None:
+    """Say which of the two may not be compared, and why."""
+    who = f"{_named(row.estimator, row.folder)} and {_named(base.estimator, base.folder)}"
+    if row.B != base.B:
+        raise RequestError(
+            f"{who} were measured on {row.problem} with minibatches of {row.B:g} and {base.B:g}, whose gradients are not as "
+            "noisy: rerun one with the other's"
+        )
+    if row.digest != base.digest:
+        raise RequestError(
+            f"{row.problem} stands for different parameters or data in these results (other snapshots): rerun one"
+        )
+    if row.version != base.version:
+        raise RequestError(f"{row.metric} was redefined between these results: rerun the older one")
+    if row.metric in TIMED:
+        for name, called in MACHINE.items():
+            one, other = str(getattr(row, name)), str(getattr(base, name))
+            if one != other:
+                raise RequestError(
+                    f"{who} have a {METRICS[row.metric].label} of another {called} ({one or 'unknown'} and "
+                    f"{other or 'unknown'}): a cost belongs to its machine; rerun one beside the other"
+                )
+
+
+def _refuse_other_code(measured: pd.DataFrame) -> None:
+    """One word must not stand for two estimators."""
+    known = measured[measured["code"] != ""]
+    for word, of in known.groupby("estimator", sort=False):
+        if of["code"].nunique() > 1:
+            first = of.drop_duplicates("code")
+            places = " and ".join(
+                f"{code}{f' in {at}' if at else ''}" for code, at in first[["code", "folder"]].to_numpy()
+            )
+            raise RequestError(
+                f"{word} is not the same code in these results ({places}): rerun one, or give the changed one another name"
+            )
+
+
+def _ratio(row: Any, base: Any, remarks: tuple[str, ...], *, named: bool) -> Ratio:
+    found = paired_ratio(row, base)
+    return Ratio(
+        problem=str(row.problem),
+        group=str(row.group),
+        metric=str(row.metric),
+        estimator=str(row.estimator),
+        against=str(base.estimator),
+        K=int(row.K),
+        B=int(row.B),
+        seed=int(row.seed),
+        evaluations=float(row.evaluations),
+        value=_independent(value_of(row), value_of(base)) if found is None else found,
+        paired=found is not None and row.K == base.K,
+        remarks=remarks,
+        folder=str(row.folder) if named else "",
+        against_folder=str(base.folder) if named else "",
+    )
+
+
+def _independent(row: Value, base: Value) -> Value:
+    """The ratio of two values with independent errors: on the log scale, the ends of their own intervals in quadrature."""
+    value = row.value / base.value
+    relative = math.hypot(row.stderr / row.value, base.stderr / base.value)
+    if not (row.low > 0 and base.low > 0):
+        return Value(value, value * relative)
+    down = math.hypot(math.log(row.value / row.low), math.log(base.high / base.value))
+    up = math.hypot(math.log(row.high / row.value), math.log(base.value / base.low))
+    return Value(value, value * relative, value * math.exp(-down), value * math.exp(up))
+
+
+def _remarks(row: Any, base: Any, rows: pd.DataFrame, some_checked: bool) -> tuple[str, ...]:
+    """What limits a ratio: heavy tails, a bias, code that nobody has checked."""
+    both = [row] if row.estimator == base.estimator and row.biased == base.biased else [row, base]
+    said = []
+    if heavy := [r for r in both if r.tails == "heavy"]:
+        said.append(f"heavy tails of {_names(heavy)}: the interval is not to be trusted")
+    if row.metric in NOISY:
+        biased = [f"{r.estimator} is biased ({_bias(r, rows)})" for r in both if r.biased]
+        if biased:
+            said.append(f"{', and '.join(biased)}: replicates buy precision about a wrong value")
+    if some_checked and (unchecked := [r for r in both if not r.checked]):
+        said.append(
+            f"{_names(unchecked)} has not passed a check" if len(unchecked) == 1 else "neither has passed a check"
+        )
+    return tuple(said)
+
+
+def _bias(row: Any, rows: pd.DataFrame) -> str:
+    """The bias of a row's group as a part of the mean gradient, or that it is not known."""
+    of = rows[(rows["metric"] == "relative_bias") & (rows["cell"] == row.cell) & (rows["folder"] == row.folder)]
+    of = of[(of["problem"] == row.problem) & (of["group"] == row.group) & (of["estimator"] == row.estimator)]
+    if of.empty or not math.isfinite(of["value"].iloc[0]):
+        return "by how much was not measured"
+    bias = of.iloc[0]
+    return f"by {bias['value']:.2g} [{bias['low']:.2g}, {bias['high']:.2g}] of the mean gradient"
+
+
+def _names(rows: Sequence[Any]) -> str:
+    return " and ".join(dict.fromkeys(str(row.estimator) for row in rows))
+
+
+def _named(word: str, folder: str) -> str:
+    return f"{word} in {folder}" if folder else word

@@ -1,4 +1,4 @@
-"""Figures with a line per estimator: a metric against the number of particles, a test objective along training."""
+"""Figures with lines: a metric against the number of particles, error against cost, a test objective along training."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,14 @@ from gradiometer.bench import canvas, figures, selection
 from gradiometer.bench.canvas import Plot
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.palette import Look
+from gradiometer.bench.placement import place_labels
 
-__all__ = ["against_particles", "learning_curves"]
+__all__ = ["BUDGETS", "against_particles", "cost_plane", "learning_curves"]
+
+BUDGETS = {  # the cost on the axis, the product with it, and what a budget of it is called
+    "seconds": ("time per gradient [s]", "time", "time budget"),
+    "evaluations": ("evaluations of the joint, per datum and gradient", "evaluations", "budget of evaluations"),
+}
 
 
 def against_particles(found: pd.DataFrame, problem: str, look: Mapping[str, Look]) -> Plot:
@@ -20,11 +26,12 @@ def against_particles(found: pd.DataFrame, problem: str, look: Mapping[str, Look
     groups = figures.shared_groups(found)
     figure, row = canvas.panels(groups, 0.9 + 2.7 * len(groups), 2.9, sharex=True)
     drawn: dict[str, Any] = {}
+    signs = selection.marks(found, by="series")
     for axes, group in zip(row, groups, strict=True):
         of_group = found[(found["group"] == group) & (found["value"] > 0)]
         axes.set(xscale="log", yscale="log", xlabel="particles K")
         for series, line in of_group.groupby("series", sort=True):
-            drawn[str(series)] = _line(axes, line, look[line["name"].iloc[0]])
+            drawn[f"{series}{signs[str(series)]}"] = _line(axes, line, look[line["name"].iloc[0]])
         particles = sorted(set(of_group["K"]))
         axes.set_xlim(particles[0] / 1.35, particles[-1] * 1.35)
         axes.set_xticks(particles, [f"{K:g}" for K in particles])
@@ -44,7 +51,7 @@ def against_particles(found: pd.DataFrame, problem: str, look: Mapping[str, Look
         "Both axes logarithmic. Dotted guides have slope ½ and −½, as theory gives them for large K; a curve also "
         "depends on the distance from the optimum. Within the shade, up to the dashed floor, a gradient of mean zero "
         "would look the same. Bars are 95 % intervals."
-    )
+    ) + canvas.legend_of(signs, found)
     return Plot(f"snr-against-K-{problem}", title, caption, figure)
 
 
@@ -57,7 +64,7 @@ def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mappin
     final = found.sort_values("step").groupby("label").tail(1).set_index("label")["value"].sort_values(ascending=False)
     series = dict.fromkeys(found["name"])
     several = {name: list(dict.fromkeys(found.loc[found["name"] == name, "label"])) for name in series}
-    drawn = {}
+    drawn, signs = {}, selection.marks(found.assign(biased=False, tails=""))  # a run shows what its bias leads to
     for label in final.index:
         line = found[found["label"] == label].sort_values("step")
         name = line["name"].iloc[0]
@@ -73,7 +80,7 @@ def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mappin
             line_of = {"color": look[name].colour, "linestyle": dashes, "linewidth": 1.4} | mark
             sns.lineplot(data=kept, x=x, y="value", ax=axes, errorbar=None, legend=False, **line_of)
             axes.fill_between(kept[x], kept["low"], kept["high"], color=look[name].colour, alpha=0.16, linewidth=0)
-            drawn[label] = axes.lines[-1]
+            drawn[f"{label}{signs[label]}"] = axes.lines[-1]
     low, high = _worth_showing(found, final)
     for axes, x in zip(row, ("training step", "training time [s]"), strict=False):
         axes.set(xlabel=x, ylabel=canvas.axis(metric), ylim=(low, high))
@@ -89,7 +96,69 @@ def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mappin
     caption += "Left by training steps, right by the time they took. " if timed else ""
     caption += "The legend is in the order of the last values. "
     caption += "The earliest steps lie below the picture." if found["low"].min() < low else ""
-    return Plot(f"training-{metric.removeprefix('test_')}-{problem}", title, caption.strip(), figure)
+    caption = caption.strip() + canvas.legend_of(signs, found)
+    return Plot(f"training-{metric.removeprefix('test_')}-{problem}", title, caption, figure)
+
+
+def cost_plane(found: pd.DataFrame, problem: str, budget: str, look: Mapping[str, Look]) -> Plot:
+    """Error against cost per gradient, a panel per group, with lines of equal product and the Pareto front."""
+    groups, of = figures.shared_groups(found), "mse" if (found["of"] == "mse").any() else "variance"
+    axis, cost, spent = BUDGETS[budget]
+    wide = 3.4 if found["label"].nunique() <= 10 else 4.2
+    figure, row = canvas.panels(groups, wide * len(groups), 0.95 * wide)
+    signs = selection.marks(found)
+    for axes, group in zip(row, groups, strict=True):
+        points = found[found["group"] == group]
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel=canvas.axis(of))
+        canvas.decades(axes.xaxis, points["cost"].min() / 1.3, points["cost"].max() * 1.3)
+        canvas.decades(axes.yaxis, points["value"].min() / 1.5, points["value"].max() * 1.5)
+        axes.grid(False)
+        _equal_products(axes)
+        _points(axes, points, look)
+    title = (
+        f"What a gradient costs{' in evaluations' if budget == 'evaluations' else ''} and how noisy it is: {problem}"
+    )
+    figure.suptitle(title)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes, group in zip(row, groups, strict=True):
+        points = found[found["group"] == group]
+        names = [canvas.wrapped(label + signs[label]) for label in points["label"]]
+        place_labels(axes, list(zip(points["cost"], points["value"], strict=True)), names, axes.lines[-1:])
+    error = "mean squared error" if of == "mse" else "variance"
+    caption = (
+        f"{cost.capitalize()} against {error}, both logarithmic: further down and left is better. On a grey line their product is "
+        f"the same, so a fixed {spent} buys the same error; each line is worth ten of the next. Black rims mark the Pareto front, "
+        "which no other estimator here surely dominates; the dashed steps are the front of the values alone. Bars: 95 % intervals."
+    )
+    return Plot(
+        f"{'cost' if budget == 'seconds' else budget}-{problem}",
+        title,
+        caption + canvas.legend_of(signs, found),
+        figure,
+    )
+
+
+def _points(axes: Any, points: pd.DataFrame, look: Mapping[str, Look]) -> None:
+    """Estimators with their intervals, black rims for those on the front, and the front's steps as the last line."""
+    rim: Mapping[str, Any] = {"markeredgecolor": "black", "markersize": 7}
+    none: Mapping[str, Any] = {"markeredgecolor": "white", "markersize": 6.5, "markeredgewidth": 0.6}
+    for mark in selection.records(points):
+        own = look[mark.name]
+        intervals = ((mark.cost_low, mark.cost_high), (mark.low, mark.high))
+        canvas.point(
+            axes, (mark.cost, mark.value), intervals, own.colour, marker=own.marker, **(rim if mark.front else none)
+        )
+    steps = points[points["step"]].sort_values("cost")
+    axes.plot(
+        steps["cost"],
+        steps["value"],
+        color="0.15",
+        linewidth=1.0,
+        linestyle=(0, (4, 2)),
+        drawstyle="steps-post",
+        zorder=2,
+    )
 
 
 def _line(axes: Any, line: pd.DataFrame, look: Look) -> Any:
@@ -125,6 +194,22 @@ def _slopes(axes: Any, of_group: pd.DataFrame) -> None:
                 fontsize=7,
                 color="0.35",
             )
+
+
+def _equal_products(axes: Any) -> None:
+    """Lines on which cost x error is a power of ten, a handful of them."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    powers = range(math.ceil(math.log10(left * low)), math.floor(math.log10(right * high)) + 1)
+    for power in powers:
+        axes.plot(
+            [left, right],
+            [10.0**power / left, 10.0**power / right],
+            color="0.8",
+            linewidth=0.7,
+            zorder=1,
+            scalex=False,
+            scaley=False,
+        )
 
 
 def _worth_showing(found: pd.DataFrame, final: pd.Series) -> tuple[float, float]:

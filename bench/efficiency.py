@@ -1,24 +1,26 @@
-"""Work-normalised variance: what a budget of time, or of evaluations, buys."""
+"""Work-normalised error: what a budget of time, or of evaluations, buys; the Pareto front; the K that makes most of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.statistics import LEVEL
+from gradiometer.bench.statistics import LEVEL, Value, ratio
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CELL = ["problem", "estimator", "B", "device"]
+CELL = ["problem", "estimator", "B", "device", "dtype"]
 
 
 def with_products(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` and, wherever a variance and its cost were both measured, rows of their products, errors combined."""
     import pandas as pd
 
-    variances = rows[rows["metric"] == "variance"]
+    variances = rows[(rows["metric"] == "variance") & whole(rows)]
     seconds = rows[rows["metric"] == "seconds_per_gradient"].set_index(CELL)
     made: list[dict[str, Any]] = []
     for record in variances.to_dict("records"):
@@ -28,10 +30,16 @@ def with_products(rows: pd.DataFrame) -> pd.DataFrame:
         key = tuple(row[name] for name in CELL)
         if key in seconds.index:
             cost = seconds.loc[[key]].iloc[0]
-            made.append(_product(row, {"value": cost["value"], "stderr": cost["stderr"]}, "variance_seconds"))
+            timed = {"machine": cost["machine"], "threads": cost["threads"]}  # what is kept may be of another machine
+            made.append(_product(row | timed, {"value": cost["value"], "stderr": cost["stderr"]}, "variance_seconds"))
     if not made:
         return rows
     return pd.concat([rows, pd.DataFrame(made, columns=rows.columns).astype(rows.dtypes.to_dict())], ignore_index=True)
+
+
+def whole(rows: pd.DataFrame) -> pd.Series:
+    """Which rows are of all of a group's coordinates at one fixed minibatch: not of a tensor, nor over minibatches."""
+    return (rows["tensor"] == "") & rows["randomness"].isin(["estimator", ""]) & rows["minibatches"].isna()
 
 
 def _product(row: dict[str, Any], cost: dict[str, float], name: str) -> dict[str, Any]:
@@ -52,6 +60,79 @@ def _product(row: dict[str, Any], cost: dict[str, float], name: str) -> dict[str
         "high": value * factor,
         "jackknife": [j * cost["value"] for j in scaled] or None,
     }
+
+
+def front(costs: Mapping[str, Value], errors: Mapping[str, Value]) -> set[str]:
+    """The Pareto front with its uncertainty: those that no other surely dominates.
+
+    One dominates another if it is surely as cheap and surely better, or surely cheaper and surely as good. Surely means that
+    intervals separate; of two errors with shards of the same noise, that the interval of their ratio does.
+
+    >>> one, two = Value(1.0, 0.1, 0.8, 1.2), Value(2.0, 0.1, 1.8, 2.2)
+    >>> sorted(front({"a": one, "b": two}, {"a": one, "b": two}))
+    ['a']
+    >>> sorted(front({"a": one, "b": two}, {"a": one, "b": one}))
+    ['a', 'b']
+    """
+    return {
+        name
+        for name in costs
+        if not any(
+            other != name and _dominates(costs[other], errors[other], costs[name], errors[name]) for other in costs
+        )
+    }
+
+
+def _dominates(cost: Value, error: Value, other_cost: Value, other_error: Value) -> bool:
+    cheaper, as_cheap = _below(cost, other_cost)
+    better, as_good = _below(error, other_error)
+    return (as_cheap and better) or (cheaper and as_good)
+
+
+def _below(a: Value, b: Value) -> tuple[bool, bool]:
+    """Whether a is surely less than b, and whether it is surely no more."""
+    if len(a.jackknife) == len(b.jackknife) > 1 and min(*a.jackknife, *b.jackknife) > 0:
+        found = ratio(a, b)
+        return found.high < 1, found.high <= 1
+    return a.high < b.low, a.high <= b.low
+
+
+@dataclass(frozen=True)
+class Work:
+    """Variance x cost / |mean|^2 of an estimator at one K, and the relative error of the cost, which no shard holds.
+
+    The squared relative error of a mean of n gradients is variance / n / |mean|^2, and a budget buys budget / cost of them.
+    It is relative, since with K the bound changes, and its gradient with it; where it does not, the norm cancels.
+    """
+
+    K: int
+    value: Value
+    slack: float = 0.0
+
+
+def work(K: int, variance: Value, norm: Value, cost: Value) -> Work | None:
+    """The work for a given relative error; None where the mean gradient is not told from zero, or shards are lacking."""
+    shards = list(zip(variance.jackknife, norm.jackknife, strict=False))
+    if len(variance.jackknife) != len(norm.jackknife) or not shards:
+        return None
+    if not (variance.value > 0 and norm.low > 0 and cost.value > 0 and min(min(pair) for pair in shards) > 0):
+        return None
+    value = variance.value * cost.value / norm.value**2
+    return Work(K, Value(value, jackknife=tuple(v * cost.value / m**2 for v, m in shards)), cost.stderr / cost.value)
+
+
+def times(one: Work, other: Work) -> Value:
+    """How many times another's budget one needs for the same relative error, with the errors of both costs."""
+    return widened(ratio(one.value, other.value), one.slack, other.slack)
+
+
+def widened(value: Value, *slacks: float) -> Value:
+    """A positive value with further, independent relative errors in quadrature."""
+    if not any(slacks):
+        return value
+    half = math.hypot(math.log(value.high / value.value), *(_normal() * slack for slack in slacks))
+    stderr = value.value * math.hypot(value.stderr / value.value, *slacks)
+    return Value(value.value, stderr, value.value * math.exp(-half), value.value * math.exp(half))
 
 
 def _normal() -> float:

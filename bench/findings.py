@@ -9,20 +9,24 @@ import numpy as np
 import pandas as pd
 
 from gradiometer.bench import figures, selection
+from gradiometer.bench.compare import paired_ratio, value_of
+from gradiometer.bench.efficiency import Work, times, work
 from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.statistics import Value, ratio, student
+from gradiometer.bench.statistics import Value, exact, student
+from gradiometer.bench.tables import NONE_CHECKED
 from gradiometer.bench.uncertain import format_interval, format_uncertain
 
 __all__ = ["findings"]
 
-_SAME = ("seed", "replicates", "B", "digest")  # what two cells share that saw the same noise
+_BUDGETS = {"evaluations": "evaluations", "seconds": "seconds on this machine"}
 
 
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
-    """The main findings by topic: who is quietest, where rankings flip, who is cheapest, SNR against K, the best model.
+    """The main findings by topic: who is quietest, where rankings flip, who is cheapest, which K, SNR against K, the best model.
 
     Ratios are paired over shards of common random numbers, on the log scale, with 95 % intervals. An estimator is
-    called best only if the interval of its ratio to the runner-up excludes one.
+    called best only if the interval of its ratio to the runner-up excludes one. What is declared biased is judged by its mean
+    squared error alone, and where that is not known it is not judged.
 
     Args:
         rows: as the store yields them.
@@ -30,50 +34,41 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     Returns:
         Sentences with estimators between backticks; topics without any are left out.
     """
-    measured = selection.gradients(selection.tidy(rows))
-    variance = measured[(measured["metric"] == "variance") & (measured["group"] != "") & (measured["value"] >= 0)]
+    tidied = selection.tidy(rows)
+    measured = selection.measured(tidied)
+    errors = selection.squared_errors(measured)
+    errors = errors[errors["value"] >= 0]
     found = {
-        "Variance at equal K": list(_quietest(variance)),
-        "Rankings that flip along training": list(_flips(variance)),
-        "Variance x time": list(_cheapest(rows)),
-        "SNR against K": list(_slopes(rows)),
-        "The model after training": list(_trained(rows)),
+        "Variance at equal K": list(_quietest(errors)),
+        "Rankings that flip along training": list(_flips(errors)),
+        "Variance x time": list(_cheapest(measured)),
+        "K at a fixed budget": list(_particles(measured)),
+        "SNR against K": list(_slopes(tidied)),
+        "The model after training": list(_trained(tidied)),
     }
-    return {topic: sentences for topic, sentences in found.items() if sentences}
+    found = {topic: sentences for topic, sentences in found.items() if sentences}
+    if found and not tidied["checked"].any():
+        found["Checks"] = [NONE_CHECKED]
+    return found
 
 
-def paired_ratio(a: Any, b: Any) -> Value | None:
-    """The ratio of two rows' values; None where their shards do not belong together."""
-    shards = [jack if isinstance(jack, (list, tuple, np.ndarray)) else [] for jack in (a.jackknife, b.jackknife)]
-    if (
-        len(shards[0]) != len(shards[1])
-        or len(shards[0]) < 2
-        or any(str(getattr(a, name)) != str(getattr(b, name)) for name in _SAME)
-    ):
-        return None
-    if not all(np.isfinite(jack).all() and (np.asarray(jack) > 0).all() for jack in shards):
-        return None
-    return ratio(
-        *(Value(row.value, jackknife=tuple(map(float, jack))) for row, jack in zip((a, b), shards, strict=True))
-    )
-
-
-def _quietest(variance: pd.DataFrame) -> Iterator[str]:
-    """Per problem and group, at the number of particles most estimators share: the lowest variance, by how much."""
-    for problem, group, points in _cells(variance):
+def _quietest(errors: pd.DataFrame) -> Iterator[str]:
+    """Per problem and group, at the number of particles most estimators share: the lowest squared error, by how much."""
+    for problem, group, points in _cells(errors):
         counts = points.groupby("K").size()
         K = counts[counts == counts.max()].index.max()
         ranked = list(selection.records(points[points["K"] == K].sort_values(["value", "label"])))
         if len(ranked) < 2:
             continue
         where = f"{problem}, {selection.group_words(group)}, K = {K:g}"
-        if noiseless := [_name(row, points) for row in ranked if row.value == 0]:
+        quantity = "mean squared error" if any(row.metric == "mse" for row in ranked) else "variance"
+        if noiseless := [_name(row) for row in ranked if row.value == 0]:
             yield f"{where}: without any noise: {', '.join(noiseless)}."
             continue
         ratios = [paired_ratio(row, ranked[0]) for row in ranked[1:]]
         if any(one is None for one in ratios):
             continue
-        best, *others = (_name(row, points) for row in ranked)
+        best, *others = (_name(row) for row in ranked)
         apart = [(name, one) for name, one in zip(others, ratios, strict=True) if one is not None and one.low > 1]
         tied = [(name, one) for name, one in zip(others, ratios, strict=True) if one is not None and one.low <= 1]
         largest = f"; that of {apart[-1][0]} {_interval(apart[-1][1])} times" if len(apart) > 1 else ""
@@ -82,17 +77,17 @@ def _quietest(variance: pd.DataFrame) -> Iterator[str]:
             names = ", ".join([best, *(name for name, _ in tied[:-1])]) + f" and {tied[-1][0]}"
             low = "lowest " if apart else ""
             if max(abs(one.high - 1) for _, one in tied) < 1e-3:
-                yield f"{where}: {names} have the same {low}variance (to 0.1 %).{next_best}"
+                yield f"{where}: {names} have the same {low}{quantity} (to 0.1 %).{next_best}"
             else:
-                low = "have the lowest variance and " if apart else ""
+                low = f"have the lowest {quantity} and " if apart else ""
                 yield f"{where}: {names} {low}cannot be told apart (ratios up to {_interval(tied[-1][1])}).{next_best}"
         else:
-            yield f"{where}: {best} has the lowest variance.{next_best}"
+            yield f"{where}: {best} has the lowest {quantity}.{next_best}"
 
 
-def _flips(variance: pd.DataFrame) -> Iterator[str]:
-    """Per model and group, the pair of estimators of equal K whose order changes most between two snapshots."""
-    for (model, group), points in variance.groupby(["model", "group"], sort=True):
+def _flips(errors: pd.DataFrame) -> Iterator[str]:
+    """Per model and group, the pair of unbiased estimators of equal K whose order changes most between two snapshots."""
+    for (model, group), points in errors[errors["metric"] == "variance"].groupby(["model", "group"], sort=True):
         at = {(row.label, row.snapshot): row for row in selection.records(points)}
         labels = points.drop_duplicates("label").sort_values("label")[["label", "K"]].to_numpy()
         pairs = [(a[0], b[0]) for a, b in itertools.permutations(labels, 2) if a[1] == b[1]]
@@ -109,7 +104,7 @@ def _flips(variance: pd.DataFrame) -> Iterator[str]:
                 found.append((min(math.log(first.value), -math.log(then.value)), a, b, one, two, first, then))
         if found:
             _, a, b, one, two, first, then = max(found, key=lambda flip: flip[0])
-            names = [_name(at[label, one], points) for label in (a, b)]
+            names = [_name(at[label, one]) for label in (a, b)]
             where = f"{model}, {selection.group_words(str(group))}"
             yield (
                 f"{where}: at @{one} the variance of {names[0]} is {_interval(first)} times that of {names[1]}; "
@@ -117,23 +112,65 @@ def _flips(variance: pd.DataFrame) -> Iterator[str]:
             )
 
 
-def _cheapest(rows: pd.DataFrame) -> Iterator[str]:
-    """Per problem and group, the lowest variance x time, where its interval lies below every other."""
-    measured = selection.measured(selection.tidy(rows))
-    for problem, group, points in _cells(
-        measured[(measured["metric"] == "variance_seconds") & (measured["value"] >= 0)]
-    ):
+def _cheapest(measured: pd.DataFrame) -> Iterator[str]:
+    """Per problem and group, the lowest variance x time of what is unbiased, where its interval lies below every other."""
+    measured = measured[(measured["metric"] == "variance_seconds") & ~measured["biased"]]
+    for problem, group, points in _cells(measured[measured["value"] >= 0]):
         ranked = list(selection.records(points.sort_values(["value", "label"])))
         if len(ranked) < 2 or ranked[0].value == 0 or not ranked[0].high < min(other.low for other in ranked[1:]):
             continue
         best, second = ranked[0], ranked[1]
-        names = [_name(row, points) for row in (best, second)]
+        names = [_name(row) for row in (best, second)]
         value = second.value / best.value
         factor = math.exp(1.96 * math.hypot(best.stderr / best.value, second.stderr / second.value))
         yield (
             f"{problem}, {selection.group_words(group)}: {names[0]} makes the most of a second on this machine. {names[1]}, next, "
             f"needs {format_interval(value, value / factor, value * factor)} times as long for the same error."
         )
+
+
+def _particles(measured: pd.DataFrame) -> Iterator[str]:
+    """Per problem and group, each series' K that makes the most of a budget, by the relative error of the mean gradient."""
+    seconds = measured[measured["metric"] == "seconds_per_gradient"].set_index(["problem", "label"])
+    time_of = {row.Index: value_of(row) for row in selection.records(seconds)}
+    gradients = measured[measured["metric"].isin(["variance", "gradient_norm"]) & ~measured["biased"]]
+    for problem, group, points in _cells(gradients):
+        said: dict[str, list[str]] = {}
+        for series, cells in points.groupby("series", sort=True):
+            norms = {row.label: row for row in selection.records(cells[cells["metric"] == "gradient_norm"])}
+            rows = [r for r in selection.records(cells[cells["metric"] == "variance"]) if r.label in norms]
+            if len({row.K for row in rows}) < len(rows):  # other settings than K, too
+                continue
+            for budget, words in _BUDGETS.items():
+                costs = {
+                    r.label: exact(r.evaluations) if budget == "evaluations" else time_of.get((problem, r.label))
+                    for r in rows
+                }
+                found = [
+                    work(int(row.K), value_of(row), value_of(norms[row.label]), cost)
+                    for row in rows
+                    if (cost := costs[row.label]) is not None
+                ]
+                known = sorted((one for one in found if one is not None), key=lambda one: one.value.value)
+                if len(known) > 1:
+                    said.setdefault(_best_particles(known, words), []).append(f"`{series}`{_doubts(rows[0])}")
+        yield from (
+            f"{problem}, {selection.group_words(group)}: {' and '.join(names)}: {words}"
+            for words, names in said.items()
+        )
+
+
+def _best_particles(ranked: list[Work], words: str) -> str:
+    """Which K needs the least for the same relative error, which cannot be told from it, and what the others need."""
+    best, *others = ranked
+    ratios = {other.K: times(other, best) for other in others}
+    tied = sorted([best.K, *(K for K, one in ratios.items() if one.low <= 1)])
+    apart = [f"K = {K} needs {_interval(one)} times" for K, one in sorted(ratios.items()) if one.low > 1]
+    needs = f" ({', '.join(apart)} as many for the same relative error)" if apart else ""
+    if len(tied) == 1:
+        return f"K = {best.K} makes the most of a budget of {words}{needs}."
+    listed = f"K = {', '.join(map(str, tied[:-1]))} and {tied[-1]}"
+    return f"{listed} cannot be told apart in what they make of a budget of {words}{needs}."
 
 
 def _slopes(rows: pd.DataFrame) -> Iterator[str]:
@@ -151,7 +188,8 @@ def _slopes(rows: pd.DataFrame) -> Iterator[str]:
                     f"K^({_slope(line)}) for the {selection.group_words(group)} (K = {line['K'].min():g} to {line['K'].max():g})"
                 )
         if parts:
-            yield f"{problem}: the SNR of `{series}`, its floor removed, goes as " + " and as ".join(parts) + "."
+            name = f"`{series}`{_doubts(next(selection.records(lines)))}"
+            yield f"{problem}: the SNR of {name}, its floor removed, goes as " + " and as ".join(parts) + "."
 
 
 def _trained(rows: pd.DataFrame) -> Iterator[str]:
@@ -167,11 +205,13 @@ def _trained(rows: pd.DataFrame) -> Iterator[str]:
         stderr = gaps.std() / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
         half = student(max(len(gaps) - 1, 1)) * stderr
         first, second = (str(label) for label in means.index[:2])
+        of = {row.label: row for row in selection.records(lines)}
+        names = [_name(of[label]._replace(biased=False, tails="")) for label in (first, second)]
         best = format_uncertain(float(means.iloc[0]), float(table[first].std()) / math.sqrt(len(table)))
         verdict = "ahead of" if gaps.mean() > half else "not separated from"
         yield (
-            f"{problem}, trained over {len(table)} seeds: `{first}` ends with the highest "
-            f"{METRICS[str(metric)].label}, {best} nats, {verdict} `{second}` "
+            f"{problem}, trained over {len(table)} seeds: {names[0]} ends with the highest "
+            f"{METRICS[str(metric)].label}, {best} nats, {verdict} {names[1]} "
             f"(difference {format_interval(gaps.mean(), gaps.mean() - half, gaps.mean() + half)})."
         )
 
@@ -200,6 +240,14 @@ def _interval(value: Value) -> str:
     return format_interval(value.value, value.low, value.high)
 
 
-def _name(row: Any, points: pd.DataFrame) -> str:
-    """An estimator's word; it says so if others have been checked and this one has not."""
-    return f"`{row.label}`" + (" (unchecked)" if points["checked"].any() and not row.checked else "")
+def _name(row: Any) -> str:
+    """An estimator's word, and what limits what is said of it."""
+    return f"`{row.label}`{_doubts(row)}"
+
+
+def _doubts(row: Any) -> str:
+    """That an estimator has not been checked where others have, that it is biased, that its tails are heavy."""
+    said = (
+        ["unchecked"] * bool(row.unchecked) + ["biased"] * bool(row.biased) + ["heavy tails"] * (row.tails == "heavy")
+    )
+    return f" ({', '.join(said)})" if said else ""

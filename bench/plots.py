@@ -9,10 +9,9 @@ import pandas as pd
 
 from gradiometer.bench import canvas, figures, selection
 from gradiometer.bench.canvas import FORMATS, Plot, rendered
-from gradiometer.bench.curves import against_particles, learning_curves
+from gradiometer.bench.curves import BUDGETS, against_particles, cost_plane, learning_curves
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.palette import Look, looks
-from gradiometer.bench.placement import place_labels
 from gradiometer.bench.tables import TRAINING
 
 __all__ = ["FORMATS", "Plot", "plots", "rendered"]
@@ -50,7 +49,7 @@ def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str,
     few = [group for group in selection.group_order(found["group"]) if group not in figures.shared_groups(found)]
     groups, snapshots = figures.shared_groups(found), selection.snapshot_order(found["snapshot"])
     found = found[found["group"].isin(groups)]
-    order = _ranking(found, METRICS[metric].better, snapshots[-1])
+    order, signs = _ranking(found, METRICS[metric].better, snapshots[-1]), selection.marks(found)
     figure, row = canvas.panels(groups, 1.6 + 2.7 * len(groups), 1.1 + 0.26 * len(order), sharey=True)
     dodges = dict(zip(snapshots, np.linspace(-0.2, 0.2, len(snapshots)) if len(snapshots) > 1 else [0.0], strict=True))
     for axes, group in zip(row, groups, strict=True):
@@ -72,7 +71,7 @@ def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str,
         canvas.floor(axes, of_group["floor"], along="x")
         axes.grid(False, axis="y")
         axes.set(ylim=(len(order) - 0.5, -0.5), xlabel=canvas.axis(metric))
-    row[0].set_yticks(range(len(order)), [canvas.wrapped(label) for label in order])
+    row[0].set_yticks(range(len(order)), [canvas.wrapped(label + signs[label]) for label in order])
     title = f"{_WORDS[metric]}: {model}"
     figure.suptitle(title)
     _legend(figure, snapshots, found, look)
@@ -80,69 +79,8 @@ def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str,
     if len(snapshots) > 1:
         caption += f" Snapshots: {', '.join(snapshots)}, from hollow to filled. Best at @{snapshots[-1]} first."
     caption += f" What few estimators have ({', '.join(few)} parameters) is in the tables." if few else ""
+    caption += canvas.legend_of(signs, found)
     return Plot(f"{metric}-{model}", title, caption, figure)
-
-
-def cost_plane(found: pd.DataFrame, problem: str, look: Mapping[str, Look]) -> Plot:
-    """Variance against time per gradient, a panel per group, with lines of equal variance x time and Pareto front."""
-    groups = figures.shared_groups(found)
-    wide = 3.4 if found["label"].nunique() <= 10 else 4.2
-    figure, row = canvas.panels(groups, wide * len(groups), 0.95 * wide)
-    for axes, group in zip(row, groups, strict=True):
-        points = found[found["group"] == group]
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel="time per gradient [s]",
-            ylabel=canvas.axis("variance"),
-        )
-        canvas.decades(axes.xaxis, points["seconds"].min() / 1.3, points["seconds"].max() * 1.3)
-        canvas.decades(axes.yaxis, points["value"].min() / 1.5, points["value"].max() * 1.5)
-        axes.grid(False)
-        _equal_products(axes)
-        for mark in selection.records(points):
-            edge = (
-                {"markeredgecolor": "black", "markersize": 7}
-                if mark.front
-                else {"markeredgecolor": "white", "markersize": 6.5, "markeredgewidth": 0.6}
-            )
-            intervals = ((mark.seconds_low, mark.seconds_high), (mark.low, mark.high))
-            canvas.point(
-                axes,
-                (mark.seconds, mark.value),
-                intervals,
-                look[mark.name].colour,
-                marker=look[mark.name].marker,
-                **edge,
-            )
-        front = points[points["front"]].sort_values("seconds")
-        axes.plot(
-            front["seconds"],
-            front["value"],
-            color="0.15",
-            linewidth=1.0,
-            linestyle=(0, (4, 2)),
-            drawstyle="steps-post",
-            zorder=2,
-        )
-    title = f"What a gradient costs and how noisy it is: {problem}"
-    figure.suptitle(title)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    for axes, group in zip(row, groups, strict=True):
-        points = found[found["group"] == group]
-        place_labels(
-            axes,
-            list(zip(points["seconds"], points["value"], strict=True)),
-            [canvas.wrapped(label) for label in points["label"]],
-            axes.lines[-1:],
-        )
-    caption = (
-        "Time against variance, both logarithmic: further down and left is better. On a grey line variance × time is "
-        "the same, so a fixed time budget buys the same error; each line is worth ten of the next. The dashed steps "
-        "and black rims mark the Pareto front: nothing measured is both faster and quieter. Bars are 95 % intervals."
-    )
-    return Plot(f"cost-{problem}", title, caption, figure)
 
 
 def _by_snapshots(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:
@@ -159,9 +97,12 @@ def _against_particles(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator
 
 
 def _cost_planes(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:
-    found = figures.cost_plane(rows)
-    for problem in selection.problem_order(found["problem"]):
-        yield cost_plane(found[found["problem"] == problem], problem, look)
+    for budget in BUDGETS:
+        found = figures.cost_plane(rows, budget)
+        for problem in selection.problem_order(found["problem"]):
+            of_problem = found[found["problem"] == problem]
+            if of_problem["cost"].nunique() > 1:
+                yield cost_plane(of_problem, problem, budget, look)
 
 
 def _learning_curves(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:
@@ -206,20 +147,4 @@ def _legend(figure: Any, snapshots: list[str], found: pd.DataFrame, look: Mappin
             frameon=False,
             columnspacing=1.2,
             handletextpad=0.3,
-        )
-
-
-def _equal_products(axes: Any) -> None:
-    """Lines on which variance x time is a power of ten, a handful of them."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    powers = range(math.ceil(math.log10(left * low)), math.floor(math.log10(right * high)) + 1)
-    for power in powers:
-        axes.plot(
-            [left, right],
-            [10.0**power / left, 10.0**power / right],
-            color="0.8",
-            linewidth=0.7,
-            zorder=1,
-            scalex=False,
-            scaley=False,
         )

@@ -14,7 +14,7 @@ from gradiometer.bench import plots, selection, tables, typeset
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.findings import findings
 from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.tables import Table
+from gradiometer.bench.typeset import Table
 
 __all__ = ["FORMATS", "write"]
 
@@ -93,7 +93,7 @@ def _html(contents: _Contents, images: Mapping[str, bytes]) -> str:
     environment.filters |= {
         "words": typeset.html_text,
         "counts": typeset.counts,
-        "unit": lambda of: typeset.unit_of(of) if isinstance(of, tables.Column) else tables.unit_text(of.unit),
+        "unit": lambda of: typeset.unit_of(of) if isinstance(of, typeset.Column) else tables.unit_text(of.unit),
         "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
     problems: dict[str, list[Table]] = {}

@@ -6,15 +6,20 @@ from typing import Any
 
 import pandas as pd
 
+from gradiometer.bench.efficiency import whole
+
 __all__ = [
     "cost",
     "gradients",
     "group_order",
     "group_words",
     "in_order",
+    "marks",
     "measured",
+    "parts",
     "problem_order",
     "snapshot_order",
+    "squared_errors",
     "tidy",
     "training",
     "unmeasured",
@@ -35,11 +40,12 @@ _TEXT = (
         "device",
         "dtype",
     ),
-    *("group", "tensor", "metric", "randomness", "unit", "status", "reason"),
+    *("group", "tensor", "metric", "randomness", "unit", "tails", "status", "reason"),
 )
-_NUMBERS = ("step", "seconds", "K", "B", "evaluations", "value", "stderr", "low", "high", "replicates")
+_NUMBERS = ("step", "seconds", "K", "B", "evaluations", "value", "stderr", "low", "high", "replicates", "minibatches")
 _DEFAULTS: dict[str, Any] = dict.fromkeys(_TEXT, "") | dict.fromkeys(_NUMBERS, math.nan)
-_DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "jackknife": None, "precision_met": None}
+_DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "biased": False}
+_DEFAULTS |= {"jackknife": None, "precision_met": None}
 _SETTINGS = {"B": "B", "device": "device", "dtype": "dtype", "digest": "parameters"}  # and how labels call them
 _SNAPSHOTS = ("init", "early", "late")
 _GROUPS = ("generative", "inference")
@@ -53,8 +59,9 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
             Rows that are tidy already are returned as they are.
 
     Returns:
-        The rows of parameter groups, without repetitions, with `label` (the estimator's word, with the settings in
-        which its problem's cells differ), `series` (the word without K) and `name` (without any parameter).
+        The rows without repetitions, with `label` (the estimator's word, with the settings in
+        which its problem's cells differ), `series` (the word without K) and `name` (without any parameter); and `unchecked`,
+        which tells those that have not passed a check from others that have.
     """
     if "label" in rows:
         return rows
@@ -69,8 +76,9 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     counted = found.groupby("estimator")["evaluations"].transform("first")  # an estimator's own, whatever is measured
     found["evaluations"] = found["evaluations"].fillna(counted)
     found["seed"] = pd.to_numeric(found["seed"], errors="coerce").fillna(0).astype(int)
-    found["checked"] = found["checked"].map(lambda passed: passed is True or str(passed) == "True")
-    found = found[(found["tensor"] == "") & found["randomness"].isin(["estimator", ""])]
+    for name in ("checked", "biased"):
+        found[name] = found[name].map(lambda said: said is True or str(said) == "True").astype(bool)
+    found["unchecked"] = ~found["checked"] & bool(found["checked"].any())
     named, model = found["problem"].str.partition("@"), found["model"]
     found["model"] = model.where(model != "", named[0])
     found["snapshot"] = found["snapshot"].where(found["snapshot"] != "", named[2])
@@ -79,20 +87,56 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     found["label"] = found["estimator"]
     for _, cells in found.groupby("problem", sort=False):
         found.loc[cells.index, "label"] = _labels(cells)
-    key = ["kind", "problem", "label", "seed", "group", "metric", "step", "status", "reason"]
+    key = ["kind", "problem", "label", "seed", "group", "tensor", "randomness", "minibatches", "metric", "step"]
+    key += ["status", "reason"]
     # where two suites measured the same, the one with more replicates counts; no later choice hangs on the rows' order
     found = found.sort_values("replicates", ascending=False, kind="stable").drop_duplicates(key)
     return found.sort_values(["family", "name", "series", "K", *key], kind="stable").reset_index(drop=True)
 
 
 def gradients(tidied: pd.DataFrame) -> pd.DataFrame:
-    """The rows that measured gradients held still; a label says which seed where a problem's cells have several."""
-    return _by_seed(tidied[(tidied["kind"] == "gradient") & (tidied["status"] == "ok") & (tidied["metric"] != "")])
+    """The rows that measured whole gradients held still; a label says which seed where a problem's cells have several."""
+    found = _ok(tidied, "gradient")
+    return found[whole(found)]
+
+
+def parts(tidied: pd.DataFrame) -> pd.DataFrame:
+    """The rows that measured parts of a gradient's variance: that of single tensors, and that of the minibatch."""
+    found = _ok(tidied[(tidied["metric"] == "variance") & ~tidied["kind"].isin(["cost", "training"])], "")
+    return found[~whole(found)]
 
 
 def cost(tidied: pd.DataFrame) -> pd.DataFrame:
     """The rows that measured time and memory, and their products with variance."""
-    return _by_seed(tidied[(tidied["kind"] == "cost") & (tidied["status"] == "ok") & (tidied["metric"] != "")])
+    return _ok(tidied, "cost")
+
+
+def squared_errors(measured: pd.DataFrame) -> pd.DataFrame:
+    """What one gradient misses, squared: the mean squared error where it was measured, else the variance of unbiased groups.
+
+    Groups that are declared biased, and whose bias was not measured, are left out: their error is not known.
+    """
+    key = ["problem", "label", "group"]
+    of_groups = measured[(measured["group"] != "") & measured["value"].notna()]
+    known, variance = (of_groups[of_groups["metric"] == metric] for metric in ("mse", "variance"))
+    alone = ~variance.set_index(key).index.isin(known.set_index(key).index) & ~variance["biased"]
+    return pd.concat([known, variance[alone]], ignore_index=True) if len(known) else variance[alone]
+
+
+def marks(found: pd.DataFrame, by: str = "label") -> dict[str, str]:
+    """The signs that each label carries: † not checked, where others are, § biased, ¶ heavy tails; "" for none."""
+    some = bool(found["checked"].any())
+    signs = {}
+    for name, rows in found.groupby(by, sort=False):
+        sign = "†" * (some and not rows["checked"].all()) + "§" * bool(rows["biased"].any())
+        sign += "¶" * bool((rows["tails"] == "heavy").any())
+        signs[str(name)] = f" {sign}" if sign else ""
+    return signs
+
+
+def _ok(tidied: pd.DataFrame, kind: str) -> pd.DataFrame:
+    of_kind = (tidied["kind"] == kind) if kind else True
+    return _by_seed(tidied[of_kind & (tidied["status"] == "ok") & (tidied["metric"] != "")])
 
 
 def _by_seed(found: pd.DataFrame) -> pd.DataFrame:

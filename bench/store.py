@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradiometer.bench.errors import RequestError
+from gradiometer.bench.records import passed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,14 +21,14 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 COLUMNS = (
     "suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "digest", "step", "seconds",
-    "estimator", "code", "family", "K", "B", "evaluations", "seed", "device", "dtype", "threads", "engine", "chunk",
+    "estimator", "code", "family", "K", "B", "evaluations", "seed", "device", "machine", "dtype", "threads", "engine", "chunk",
     "group", "ascends", "biased", "tensor", "metric", "space", "randomness", "reduction", "scale", "unit", "version",
-    "value", "stderr", "low", "high", "replicates", "tails", "precision_met", "checked", "status", "reason",
+    "value", "stderr", "low", "high", "replicates", "minibatches", "tails", "precision_met", "checked", "status", "reason",
     "manifest", "jackknife",
 )  # fmt: skip
 NUMBERS = frozenset(
-    {"step", "seconds", "K", "B", "evaluations", "seed", "replicates", "version", "value", "stderr", "low", "high"}
-)
+    {"step", "seconds", "K", "B", "evaluations", "seed", "replicates", "minibatches", "version", "value", "stderr", "low", "high"}
+)  # fmt: skip
 TEXT = frozenset(COLUMNS) - NUMBERS - {"threads", "chunk", "precision_met", "checked", "biased", "jackknife"}
 
 
@@ -144,10 +145,9 @@ def load(folder: Path) -> pd.DataFrame:
         if record is None:
             missing += 1
         else:
-            shared = {"suite": about["suite"], "cell": key, "manifest": record["manifest"].get("date", "")} | record[
-                "shared"
-            ]
-            rows += [shared | row for row in record["rows"]]
+            made_on = record["manifest"]
+            known = {"suite": about["suite"], "cell": key, "manifest": made_on.get("date", "")} | record["shared"]
+            rows += [known | {"machine": _processor(known | row, made_on)} | row for row in record["rows"]]
     if missing:
         log.info(
             "%d of %d cells in %s are missing or damaged: run the suite again to add them",
@@ -155,7 +155,12 @@ def load(folder: Path) -> pd.DataFrame:
             len(about["cells"]),
             folder,
         )
-    return with_products(frame(rows)) if rows else pd.DataFrame(columns=list(COLUMNS))
+    if not rows:
+        return pd.DataFrame(columns=list(COLUMNS))
+    table = frame(rows)
+    since = [bool(code) and passed(word, code) for word, code in zip(table["estimator"], table["code"], strict=True)]
+    table["checked"] |= pd.Series(since, table.index)  # checked after it was measured
+    return with_products(table)
 
 
 def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -177,6 +182,11 @@ def machine(folder: Path) -> dict[str, str]:
     records = [record for key in index(folder)["cells"] if (record := read_cell(folder, key)) is not None]
     newest = max(records, key=lambda record: record["manifest"].get("date", ""), default=None)
     return dict(newest["manifest"]) if newest else {}
+
+
+def _processor(row: Mapping[str, Any], manifest: Mapping[str, str]) -> str:
+    """What a row was computed on: the GPU where its device is one, else the processor."""
+    return manifest.get("gpu" if str(row.get("device", "")).startswith("cuda") else "machine", "")
 
 
 def _plain(value: Any) -> Any:

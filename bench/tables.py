@@ -1,14 +1,15 @@
 """Tables of estimators x metrics: which cells there are, which of them win, and what has to be said beneath."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
-from gradiometer.bench import selection
+from gradiometer.bench import figures, selection
 from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.uncertain import Printed, exponent_of, printed, shared_exponent
+from gradiometer.bench.typeset import FRONT, Cell, Column, Line, Table
+from gradiometer.bench.uncertain import shared_exponent
 
 __all__ = ["Cell", "Column", "Line", "Table", "heading", "table_of", "tables", "unit_text"]
 
@@ -16,8 +17,13 @@ GRADIENT = ("variance", "snr", "directional_snr", "variance_seconds", "variance_
 VALUES = ("objective", "elbo", "iwelbo", "ess", "active_units")
 COST = ("seconds_per_gradient", "peak_memory")
 TRAINING = ("test_elbo", "test_iwelbo")
+PARTS = {"estimator": "of the estimator", "minibatch": "of the minibatch", "both": "of both"}
+BESIDE = ("bias", "mse", "rank")  # columns that stand beside a variance
 _HEADINGS = {
     "variance": "variance",
+    "bias": "bias",
+    "mse": "MSE",
+    "rank": "rank",
     "snr": "SNR",
     "snr_corrected": "SNR, floor removed",
     "directional_snr": "directional SNR",
@@ -27,72 +33,22 @@ _HEADINGS = {
     "variance_seconds": "variance × time",
     "variance_evaluations": "variance × evaluations",
 }
-SEPARATED = (
-    "Bold: best of its column, with a 95 % interval that overlaps no other; where intervals overlap, nothing is bold."
-)
+RANKED = "Rank: the places that the data leave open, at 95 % for all pairs together, by "
+SEPARATED = "Bold: alone in the first place of its column; where the data leave that open, nothing is bold."
 UNRANKED = "Objectives of different estimators are different bounds, so their values are not ranked."
 CLAIM = "that it is the gradient it claims to be rests on its own tests."
 UNMET = "Less precise than asked, when the budget was spent: "
-AT_FLOOR = "at the floor: the interval reaches what a gradient of mean zero would show."
-
-
-@dataclass(frozen=True)
-class Column:
-    """A metric of a table: its heading, its unit and the power of ten it is printed in (None: each cell its own)."""
-
-    metric: str
-    heading: str
-    unit: str
-    exponent: int | None = 0
-    better: str = ""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A value with its error and interval, and whether it wins its column or lies at its floor."""
-
-    value: float
-    stderr: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    bold: bool = False
-    at_floor: bool = False
-
-    def printed(self, column: Column) -> Printed:
-        """The value as its column prints it; a shared power of ten stands in the heading instead."""
-        if column.exponent is None:
-            return printed(self.value, self.stderr, exponent_of(self.value, self.stderr))
-        return replace(printed(self.value, self.stderr, column.exponent), exponent=0)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One estimator: its word, K, evaluations per datum and gradient, and a cell (or None) per column."""
-
-    label: str
-    K: int | None
-    evaluations: float
-    checked: bool
-    cells: tuple[Cell | None, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """What a Markdown, LaTeX, CSV, HTML or terminal table shows, before any of them writes it."""
-
-    name: str
-    title: str
-    problem: str
-    group: str
-    columns: tuple[Column, ...]
-    lines: tuple[Line, ...]
-    notes: tuple[str, ...]
-    unmeasured: tuple[tuple[str, str, str], ...] = ()  # (estimator, status, reason)
-
-    @property
-    def marks_unchecked(self) -> bool:
-        """Whether unchecked lines carry a mark; where all are unchecked one note says so instead."""
-        return any(line.checked for line in self.lines) and not all(line.checked for line in self.lines)
+NONE_CHECKED = f"No estimator here has passed a check by the harness: of each, {CLAIM}"
+SIGNS = {
+    "‡": "at the floor: the interval reaches what a gradient of mean zero would show.",
+    "†": f"has not passed a check by the harness: {CLAIM}",
+    "§": "declared biased: a low variance is precision about a wrong value. It competes by its mean squared error alone.",
+    "¶": "heavy tails: the interval may be too short.",
+    "★": "on the Pareto front of cost and error: nothing here surely dominates it.",
+}
+UNKNOWN = "bias unknown"
+Places = dict[str, tuple[int, int]]
+ADD_UP = "Of one gradient on a minibatch drawn anew: the two parts add up to both (law of total variance)."
 
 
 def tables(rows: pd.DataFrame) -> list[Table]:
@@ -114,7 +70,8 @@ def tables(rows: pd.DataFrame) -> list[Table]:
                 table_of(measured, GRADIENT, problem, group, f"gradient of the {selection.group_words(group)}")
             )
         found.append(table_of(measured, VALUES + COST, problem, "", "objective and cost"))
-        found.append(table_of(_final(selection.training(of_problem)), TRAINING, problem, "", "after training"))
+        found.append(table_of(figures.final(selection.training(of_problem)), TRAINING, problem, "", "after training"))
+        found += _of_parts(of_problem, problem)
         missing = tuple(
             selection.unmeasured(of_problem)[["label", "status", "reason"]].itertuples(index=False, name=None)
         )
@@ -147,85 +104,139 @@ def _beneath(found: list[Table]) -> list[Table]:
 
 def table_of(rows: pd.DataFrame, metrics: tuple[str, ...], problem: str, group: str, title: str) -> Table | None:
     """A table of some metrics of one group (measured rows of one problem), or None where there are none."""
-    wanted = rows[(rows["group"] == group) & rows["metric"].isin(metrics)]
+    of_group = rows[rows["group"] == group]
+    wanted = of_group[of_group["metric"].isin(metrics)]
     if wanted.empty:
         return None
-    floors = rows[(rows["group"] == group) & (rows["metric"] == "snr_floor")].set_index("label")["value"]
-    columns, cells = [], []
-    for metric in metrics:
-        if (wanted["metric"] == metric).any():
-            of_metric = wanted[wanted["metric"] == metric].set_index("label")
-            column, by_label = _column(metric, of_metric, ranked=metric not in VALUES)
+    shown, errors = _shown(of_group, metrics), selection.squared_errors(of_group)
+    places = figures.ranks(errors, "lower") if {"variance", "rank"} <= set(shown) and len(errors) > 1 else {}
+    found = []
+    for metric in shown:
+        of_metric = of_group[of_group["metric"] == metric]
+        if metric == "rank":
+            found += [_ranks(places)] if places else []
+        elif metric == "mse" and "rank" in shown:
+            found.append(_mean_squared(of_group, errors, places))
+        elif len(of_metric):
+            ranked = None if metric not in ("variance", "bias") else places if "mse" not in shown else {}
+            found.append(_column(metric, of_metric, ranked))
             if metric == "snr":
-                column, by_label = _with_floor(column, by_label, floors)
-            columns.append(column)
-            cells.append(by_label)
-    words = selection.in_order(wanted).drop_duplicates("label")
+                found[-1] = _with_floor(*found[-1], of_group[of_group["metric"] == "snr_floor"])
+            elif metric in FRONT:
+                found[-1] = _with_front(*found[-1], rows[rows["group"].isin([group, ""])], FRONT[metric])
+    return _table((problem, group, title), wanted, found)
+
+
+def _of_parts(of_problem: pd.DataFrame, problem: str) -> Iterator[Table]:
+    """Where the variance sits: in which tensors, and how much of it is the minibatch's, where rows say so."""
+    shares = figures.shares(of_problem)
+    for group in selection.group_order(shares["group"]):
+        of = shares[shares["group"] == group]
+        names = list(dict.fromkeys(of["tensor"]))
+        first = {name.partition(".")[0] for name in names}
+        prefix = first.pop() if len(first) == 1 < len(names) else ""
+        found = [_column(f"share of {name}", of[of["tensor"] == name], {}) for name in names]
+        found = [
+            (replace(c, heading=n.removeprefix(f"{prefix}.")), by) for n, (c, by) in zip(names, found, strict=True)
+        ]
+        yield _table((problem, group, f"where the variance of the {selection.group_words(group)} sits"), of, found)
+    parts = selection.parts(of_problem)
+    parts = parts[parts["tensor"] == ""]
+    for group in selection.group_order(parts["group"]):
+        of = parts[parts["group"] == group]
+        found = [
+            _column(f"variance {words}", of[of["randomness"] == part], {})
+            for part, words in PARTS.items()
+            if (of["randomness"] == part).any()
+        ]
+        found = [(replace(c, heading=c.metric.removeprefix("variance ")), by) for c, by in found]
+        table = _table((problem, group, f"variance of the {selection.group_words(group)} by its source"), of, found)
+        yield replace(table, notes=(ADD_UP, *table.notes))
+
+
+def _table(about: tuple[str, str, str], rows: pd.DataFrame, found: Sequence[tuple[Column, dict[str, Cell]]]) -> Table:
+    """A table of columns, with a line for each label of the rows."""
+    problem, group, title = about
     lines = tuple(
         Line(
             word.label,
             None if math.isnan(word.K) else int(word.K),
             word.evaluations,
             word.checked,
-            tuple(by.get(word.label) for by in cells),
+            tuple(cells.get(word.label) for _, cells in found),
         )
-        for word in selection.records(words)
+        for word in selection.records(selection.in_order(rows).drop_duplicates("label"))
     )
-    table = Table(
-        f"{problem}-{title.replace(' ', '-')}", f"{problem}: {title}", problem, group, tuple(columns), lines, ()
-    )
-    return replace(table, notes=tuple(_notes(table, wanted[wanted["stderr"] > 0])))
+    columns = tuple(column for column, _ in found)
+    table = Table(f"{problem}-{title.replace(' ', '-')}", f"{problem}: {title}", problem, group, columns, lines, ())
+    return replace(table, notes=tuple(_notes(table, rows[rows["stderr"] > 0])))
 
 
-def _column(metric: str, of_metric: pd.DataFrame, *, ranked: bool) -> tuple[Column, dict[str, Cell]]:
-    """A column and its cells by label; the winner is bold if its interval overlaps no other."""
-    rows = selection.records(of_metric[of_metric["value"].notna()])
-    cells = {row.Index: Cell(float(row.value), float(row.stderr), float(row.low), float(row.high)) for row in rows}
-    better = METRICS[metric].better if metric in METRICS and ranked else ""
-    unit = unit_text(str(of_metric["unit"].iloc[0]))
+def _shown(of_group: pd.DataFrame, metrics: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns: beside a variance the rank, and where a group may be biased its bias and mean squared error."""
+    if "variance" not in metrics:
+        return metrics
+    biased = bool(of_group["biased"].any()) or of_group["metric"].isin(["bias", "mse"]).any()
+    beside = ("variance", *(BESIDE if biased else BESIDE[-1:]))
+    others = [metric for metric in metrics if metric not in beside]
+    at = sum(metric not in beside for metric in metrics[: metrics.index("variance")])
+    return (*others[:at], *beside, *others[at:])
+
+
+def _column(metric: str, rows: pd.DataFrame, places: Places | None) -> tuple[Column, dict[str, Cell]]:
+    """A column and its cells by label; bold is who is alone in the first place, by this column if no places are given."""
+    known = rows[rows["value"].notna()]
+    cells = {
+        row.label: Cell(
+            float(row.value),
+            float(row.stderr),
+            float(row.low),
+            float(row.high),
+            signs=("§" * row.biased + "¶" * (row.tails == "heavy")) if metric in GRADIENT else "",
+        )
+        for row in selection.records(known)
+    }
+    better = METRICS[metric].better if metric in METRICS and metric not in VALUES else ""
+    if places is None:  # a biased estimator wins nothing by its noise
+        places = figures.ranks(known[~known["biased"]], "lower" if better == "lower" else "higher") if better else {}
+    if len(places) > 1:
+        cells |= {label: replace(cells[label], bold=True) for label, place in places.items() if place == (1, 1)}
+    unit = unit_text(str(rows["unit"].iloc[0]))
     exponent = shared_exponent((cell.value, cell.stderr) for cell in cells.values())
-    if (best := _winner(cells, better)) is not None:
-        cells[best] = replace(cells[best], bold=True)
     return Column(metric, heading(metric), unit, exponent, better), cells
 
 
-def _winner(cells: dict[str, Cell], better: str) -> str | None:
-    """The label whose interval lies wholly on the better side of every other, if there is one and something to beat."""
-    known = {label: cell for label, cell in cells.items() if math.isfinite(cell.value)}
-    if better not in ("lower", "higher") or len(known) < 2:
-        return None
-    sign = 1 if better == "lower" else -1
-    best = min(known, key=lambda label: sign * known[label].value)
-    worst_of_best = known[best].high if better == "lower" else known[best].low
-    others = [cell.low if better == "lower" else cell.high for label, cell in known.items() if label != best]
-    return best if all(sign * worst_of_best < sign * other for other in others) else None
+def _mean_squared(of_group: pd.DataFrame, errors: pd.DataFrame, places: Places) -> tuple[Column, dict[str, Cell]]:
+    """Mean squared errors, which are variances where nothing is biased; unknown where a bias was not measured."""
+    unknown = set(of_group.loc[of_group["biased"] & (of_group["metric"] == "variance"), "label"]) - set(errors["label"])
+    column, cells = _column("mse", errors, places) if len(errors) else (Column("mse", heading("mse"), ""), {})
+    return column, cells | {label: Cell(math.nan, words=UNKNOWN) for label in unknown}
 
 
-def _with_floor(column: Column, cells: dict[str, Cell], floors: pd.Series) -> tuple[Column, dict[str, Cell]]:
-    """Say the floor in the heading where it is one, and mark cells whose interval reaches it."""
-    known = floors.dropna()
-    if known.nunique() == 1:
-        column = replace(column, heading=f"{column.heading}, floor {known.iloc[0]:.2g}")
-    marked = {
-        label: replace(cell, at_floor=True, bold=False) if label in known and cell.low <= known[label] else cell
-        for label, cell in cells.items()
+def _ranks(places: Places) -> tuple[Column, dict[str, Cell]]:
+    cells = {
+        label: Cell(first, math.nan, first, last, words=str(first) if first == last else f"{first}–{last}")
+        for label, (first, last) in places.items()
     }
-    return column, marked
+    return Column("rank", heading("rank"), ""), cells
 
 
-def _final(training: pd.DataFrame) -> pd.DataFrame:
-    """The last step of every run as one row per estimator: mean over seeds, its standard error and t interval."""
-    from gradiometer.bench.statistics import student
+def _with_floor(column: Column, cells: dict[str, Cell], of_floor: pd.DataFrame) -> tuple[Column, dict[str, Cell]]:
+    """Say the floor in the heading where it is one, and mark cells whose interval reaches it."""
+    floors = of_floor.set_index("label")["value"].dropna()
+    if floors.nunique() == 1:
+        column = replace(column, heading=f"{column.heading}, floor {floors.iloc[0]:.2g}")
+    low = {label: cell for label, cell in cells.items() if label in floors and cell.low <= floors[label]}
+    return column, cells | {label: replace(cell, signs=f"‡{cell.signs}", bold=False) for label, cell in low.items()}
 
-    last = training[training["step"] == training.groupby(["label", "seed", "metric"])["step"].transform("max")]
-    found = []
-    for _, runs in last.groupby(["label", "metric"], sort=False):
-        n = len(runs)
-        stderr = runs["value"].std() / math.sqrt(n) if n > 1 else math.nan
-        half = student(n - 1) * stderr if n > 1 else math.nan
-        mean = runs["value"].mean()
-        found.append(runs.iloc[[0]].assign(value=mean, stderr=stderr, low=mean - half, high=mean + half, replicates=n))
-    return pd.concat(found) if found else last
+
+def _with_front(
+    column: Column, cells: dict[str, Cell], measured: pd.DataFrame, budget: str
+) -> tuple[Column, dict[str, Cell]]:
+    """Mark who lies on the Pareto front of this cost."""
+    plane = figures.on_front(measured, budget)
+    front = [label for label in plane.loc[plane["front"], "label"] if label in cells and len(plane) > 1]
+    return column, cells | {label: replace(cells[label], signs=f"{cells[label].signs}★") for label in front}
 
 
 def _errors(uncertain: pd.DataFrame) -> str:
@@ -233,7 +244,9 @@ def _errors(uncertain: pd.DataFrame) -> str:
     runs = set(uncertain["kind"]) == {"training"}
     counts = sorted(set(uncertain.loc[uncertain["kind"] != "cost", "replicates"].dropna().astype(int)))
     over = " to ".join(str(count) for count in dict.fromkeys([*counts[:1], *counts[-1:]]))
-    return "± one standard error" + (f", from {over} {'seeds' if runs else 'replicates'}." if counts else ".")
+    minibatches = uncertain["minibatches"].max()
+    each = f" of each of {minibatches:g} minibatches" if minibatches > 0 else ""
+    return "± one standard error" + (f", from {over} {'seeds' if runs else 'replicates'}{each}." if counts else ".")
 
 
 def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
@@ -241,13 +254,14 @@ def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
     yield _errors(uncertain)
     if unmet := ", ".join(dict.fromkeys(uncertain.loc[uncertain["precision_met"].eq(False), "label"])):
         yield f"{UNMET}{unmet}."
+    shown = {column.metric for column in table.columns}
+    if "rank" in shown:
+        yield f"{RANKED}{'mean squared error' if 'mse' in shown else 'variance'}."
     if any(column.better for column in table.columns):
         yield SEPARATED
-    if any(column.metric == "objective" for column in table.columns):
+    if "objective" in shown:
         yield UNRANKED
-    if any(cell and cell.at_floor for line in table.lines for cell in line.cells):
-        yield f"‡ {AT_FLOOR}"
-    if table.marks_unchecked:
-        yield f"† has not passed a check by the harness: {CLAIM}"
-    elif not any(line.checked for line in table.lines):
-        yield f"No estimator here has passed a check by the harness: of each, {CLAIM}"
+    signs = {sign for line in table.lines for cell in line.cells if cell for sign in cell.signs}
+    yield from (f"{sign} {SIGNS[sign]}" for sign in SIGNS if sign in signs or (sign == "†" and table.marks_unchecked))
+    if not any(line.checked for line in table.lines):
+        yield NONE_CHECKED

@@ -1,5 +1,7 @@
-"""One comparison as a table for a terminal: groups side by side, or beneath each other where that is too wide."""
+"""Comparisons as tables for a terminal: groups side by side, or beneath each other where that is too wide; verdicts in words."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,11 +12,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradiometer.bench import selection
+from gradiometer.bench.compare import Ratio
 from gradiometer.bench.errors import RequestError
-from gradiometer.bench.tables import AT_FLOOR, CLAIM, UNMET, Cell, Column, Line, Table, table_of
-from gradiometer.bench.typeset import counts, unit_of
+from gradiometer.bench.metrics import METRICS
+from gradiometer.bench.tables import BESIDE, NONE_CHECKED, SIGNS, UNMET, table_of
+from gradiometer.bench.typeset import Cell, Column, Line, Table, counts, unit_of
 
-__all__ = ["SHOWN", "comparison"]
+__all__ = ["SHOWN", "comparison", "verdicts"]
 
 SHOWN = ("variance", "snr", "objective", "directional_snr", "seconds_per_gradient")
 _UNBOUNDED = Console(width=10_000)
@@ -57,15 +61,58 @@ def comparison(rows: pd.DataFrame, *, metrics: Sequence[str] = SHOWN, width: int
         for number, column in enumerate(table.columns)
     ]
     for shown in range(len(metrics), 0, -1):
-        kept = [strip for strip in strips if strip.column.metric in metrics[:shown]]
-        for made in (_side_by_side(lines, kept), _beneath_each_other(lines, kept)):
-            if shown > 1 and made.__rich_measure__(_UNBOUNDED, _UNBOUNDED.options).maximum > width:
+        wanted = {*metrics[:shown], *(BESIDE if "variance" in metrics[:shown] else ())}
+        kept = [strip for strip in strips if strip.column.metric in wanted]
+        for last, made in enumerate((_side_by_side(lines, kept), _beneath_each_other(lines, kept))):
+            if (shown > 1 or not last) and made.__rich_measure__(_UNBOUNDED, _UNBOUNDED.options).maximum > width:
                 continue
             made.title = problem
             left_out = dict.fromkeys(strip.column.heading for strip in strips if strip not in kept)
             made.caption = "\n".join(_notes(lines, found, left_out, selection.unmeasured(tidied)))
             return made
     raise RequestError("no metric to show: name at least one")
+
+
+def verdicts(found: Sequence[Ratio], *, checked: bool = True) -> RichTable:
+    """What `gradiometer compare` prints: a verdict on every estimator, a section per problem and group.
+
+    Args:
+        found: ratios of one metric.
+        checked: whether any estimator has passed a check; if none has, that is said once.
+    """
+    made = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), title_style="bold", caption_style="", caption_justify="left")
+    made.add_column("estimator", no_wrap=True)
+    made.add_column("K", justify="right", no_wrap=True)
+    made.add_column("evalu-\nations", justify="right", no_wrap=True)
+    made.add_column("", ratio=1)
+    section = ("", "")
+    for row in sorted(found, key=lambda r: [f.problem for f in found].index(r.problem)):
+        if (row.problem, row.group) != section:
+            section = (row.problem, row.group)
+            made.add_section()
+            made.add_row(Text(f"{row.problem} {row.group}".strip(), style="bold italic"))
+        alike = [r for r in found if (r.problem, r.estimator) == (row.problem, row.estimator)]
+        name = row.estimator + (f" in {row.folder}" if row.folder else "")
+        for setting in ("B", "seed"):
+            if len({getattr(r, setting) for r in alike}) > 1:
+                name += f" [{setting} {getattr(row, setting)}]"
+        made.add_row(Text(_folded(name)), str(row.K), f"{row.evaluations:g}", Text(row.verdict))
+    made.title = METRICS[found[0].metric].label
+    said = [
+        "Brackets hold 95 % intervals, paired over the draws that both saw, but where noise is said to be independent: of "
+        "another seed, number of replicates or K.",
+        "Estimators may ascend different objectives: the ratio says more between two that ascend the same.",
+    ]
+    made.caption = "\n".join(said if checked else [*said, "No estimator here has been checked by the harness."])
+    return made
+
+
+def _folded(name: str) -> str:
+    """A long name on several lines, broken after commas and before words."""
+    lines = [""]
+    for piece in re.split(r"(?<=,)|(?= in | \[)", name):
+        lines = [*lines[:-1], lines[-1] + piece] if len(lines[-1] + piece) <= 24 else [*lines, f"  {piece.strip()}"]
+    return "\n".join(line for line in lines if line)
 
 
 def _side_by_side(lines: Mapping[str, Line], strips: Sequence[_Strip]) -> RichTable:
@@ -83,7 +130,9 @@ def _beneath_each_other(lines: Mapping[str, Line], strips: Sequence[_Strip]) -> 
     """A section per group and a line per estimator; a group's metrics share their columns with the other groups'."""
     made = _empty()
     columns: dict[str, Column] = {}
-    for strip in strips:  # a column printed in several powers of ten leaves them to its cells
+    many = Counter(strip.group for strip in strips)
+    # a column printed in several powers of ten leaves them to its cells
+    for strip in sorted(strips, key=lambda s: -many[s.group] if s.group else -len(strips)):
         column = columns.setdefault(strip.column.metric, strip.column)
         if column.exponent != strip.column.exponent:
             column = replace(column, exponent=None)
@@ -100,7 +149,10 @@ def _beneath_each_other(lines: Mapping[str, Line], strips: Sequence[_Strip]) -> 
         ]
         made.add_section()
         made.add_row(Text(group, style="bold italic"))
+        has = {label for strip in strips if strip.group == group for label, cell in strip.cells.items() if cell}
         for number, line in enumerate(lines.values()):
+            if line.label not in has:
+                continue
             made.add_row(_word(line, lines), *counts(line), *(column[number] for column in texts))
     return made
 
@@ -139,7 +191,7 @@ def _aligned(column: Column, cells: Sequence[Cell | None]) -> list[Text]:
         braced = bool(part.error and part.exponent)
         body = ("(" if braced else " " * powers) + w.rjust(left) + body + (")" if braced else "")
         text = (body + (f"e{part.exponent}" if part.exponent else "")).rstrip()
-        texts.append(Text(text + (" ‡" if cell.at_floor else ""), style="bold" if cell.bold else ""))
+        texts.append(Text(text + (f" {cell.signs}" if cell.signs else ""), style="bold" if cell.bold else ""))
     return texts
 
 
@@ -148,12 +200,12 @@ def _notes(
 ) -> Iterable[str]:
     """What stands beneath the table."""
     said = dict.fromkeys(note for table in found for note in table.notes)
-    yield from (note for note in said if CLAIM not in note and AT_FLOOR not in note and UNMET not in note)
     unmet = [word for note in said if UNMET in note for word in note.removeprefix(UNMET).removesuffix(".").split(", ")]
+    told = {f"{sign} {words}" for sign, words in SIGNS.items()} | {NONE_CHECKED}
+    yield from (note for note in said if note not in told and UNMET not in note)
     if unmet:
         yield f"{UNMET}{', '.join(dict.fromkeys(unmet))}."
-    if any(cell and cell.at_floor for table in found for line in table.lines for cell in line.cells):
-        yield f"‡ {AT_FLOOR}"
+    yield from (f"{sign} {words}" for sign, words in SIGNS.items() if sign != "†" and f"{sign} {words}" in said)
     if lines and not all(line.checked for line in lines.values()):
         some = any(line.checked for line in lines.values())
         yield "† not checked by the harness." if some else "No estimator here has been checked by the harness."

@@ -1,23 +1,87 @@
-"""Tables as Markdown, LaTeX (booktabs), CSV and the pieces of an HTML page."""
+"""What a table holds, and how it is written: Markdown, LaTeX (booktabs), CSV and the pieces of an HTML page."""
 
+import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from markupsafe import Markup, escape
 
-from gradiometer.bench.tables import Cell, Column, Line, Table
-from gradiometer.bench.uncertain import SUPERSCRIPTS, Printed
+from gradiometer.bench.uncertain import SUPERSCRIPTS, Printed, exponent_of, printed
 
-__all__ = ["csv", "html_cell", "html_text", "latex", "markdown", "stem"]
+__all__ = ["Cell", "Column", "Line", "Table", "csv", "html_cell", "html_text", "latex", "markdown", "stem"]
 
 NOTHING = "–"
+FRONT = {"variance_seconds": "seconds", "variance_evaluations": "evaluations"}  # columns that mark the front of a cost
 _SHRUNK = (
     "\\footnotesize\\setlength{\\tabcolsep}{3pt}\n"
     "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
 )
 _SUPERSCRIPT = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _BACK = {superscript: plain for plain, superscript in ((chr(k), chr(v)) for k, v in SUPERSCRIPTS.items())}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of a table: its heading, its unit and the power of ten it is printed in (None: each cell its own)."""
+
+    metric: str
+    heading: str
+    unit: str
+    exponent: int | None = 0
+    better: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value with its error and interval, whether it wins its column, its `SIGNS`, and words if they stand in its place."""
+
+    value: float
+    stderr: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    bold: bool = False
+    signs: str = ""
+    words: str = ""
+
+    def printed(self, column: Column) -> Printed:
+        """The value as its column prints it; a shared power of ten stands in the heading instead."""
+        if self.words:
+            return Printed(self.words)
+        if column.exponent is None:
+            return printed(self.value, self.stderr, exponent_of(self.value, self.stderr))
+        return replace(printed(self.value, self.stderr, column.exponent), exponent=0)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One estimator: its word, K, evaluations per datum and gradient, and a cell (or None) per column."""
+
+    label: str
+    K: int | None
+    evaluations: float
+    checked: bool
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a Markdown, LaTeX, CSV, HTML or terminal table shows, before any of them writes it."""
+
+    name: str
+    title: str
+    problem: str
+    group: str
+    columns: tuple[Column, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+    unmeasured: tuple[tuple[str, str, str], ...] = ()  # (estimator, status, reason)
+
+    @property
+    def marks_unchecked(self) -> bool:
+        """Whether unchecked lines carry a mark; where all are unchecked one note says so instead."""
+        return any(line.checked for line in self.lines) and not all(line.checked for line in self.lines)
 
 
 def markdown(table: Table) -> str:
@@ -63,13 +127,13 @@ def latex(table: Table) -> str:
     heads += [(_latex_text(column.heading), _latex_text(unit_of(column))) for column in table.columns]
     body = [
         [
-            _latex_text(line.label) + (r"$^\dagger$" if _marked(table, line) else ""),
+            _latex_text(line.label + "†" * _marked(table, line)),
             *(_latex_text(c) for c in counts(line)),
         ]
         + [_latex_cell(*pair) for pair in _pairs(table, line)]
         for line in table.lines
     ]
-    notes = [_latex_text(note).replace("†", r"$^\dagger$").replace("‡", r"$^\ddagger$") for note in table.notes]
+    notes = [_latex_text(note) for note in table.notes]
     missing = [_latex_text(f"{word} {status}: {reason}.") for word, status, reason in table.unmeasured]
     beneath = "".join(
         f"\\par\\smallskip\\noindent{{\\footnotesize {text}}}\n" for text in (" ".join(notes), *missing) if text
@@ -95,11 +159,15 @@ def csv(table: Table) -> str:
     for line in table.lines:
         numbers: dict[str, object] = {"problem": table.problem, "group": table.group, "estimator": line.label}
         numbers |= {"K": line.K, "evaluations": line.evaluations, "checked": line.checked}
+        signs = {sign for cell in line.cells if cell for sign in cell.signs}
+        numbers |= {"biased": "§" in signs, "tails": "heavy" if "¶" in signs else ""}
         for column, cell in _pairs(table, line):
             unit = f" [{column.unit.replace('²', '^2')}]" if column.unit else ""
             numbers[f"{column.metric}{unit}"] = cell.value if cell else None
             for name in ("stderr", "low", "high"):
                 numbers[f"{column.metric} {name}"] = getattr(cell, name) if cell else None
+            if column.metric in FRONT:
+                numbers[f"{column.metric} on front"] = cell is not None and "★" in cell.signs
         lines.append(numbers | {"status": "ok", "reason": ""})
     for word, status, reason in table.unmeasured:
         lines.append(
@@ -119,7 +187,7 @@ def html_cell(column: Column, cell: Cell | None) -> Markup:
     if shown.exponent:
         text += Markup(" × 10<sup>{}</sup>").format(str(shown.exponent).replace("-", "−"))
     text = Markup("<b>{}</b>").format(text) if cell.bold else text
-    return text + Markup("&thinsp;‡") if cell.at_floor else text
+    return text + Markup("&thinsp;{}").format(cell.signs) if cell.signs else text
 
 
 def html_text(text: str) -> Markup:
@@ -182,25 +250,29 @@ def _markdown_cell(column: Column, cell: Cell | None) -> str:
     if cell is None:
         return NOTHING
     text = cell.printed(column).text
-    return (f"**{text}**" if cell.bold else text) + (" ‡" if cell.at_floor else "")
+    return (f"**{text}**" if cell.bold else text) + (f" {cell.signs}" if cell.signs else "")
 
 
 def _latex_cell(column: Column, cell: Cell | None) -> str:
     if cell is None:
         return "--"
     shown = cell.printed(column)
+    if cell.words:
+        return _latex_text(cell.words)
     if shown.value in ("nan", "inf", "-inf"):
         return {"nan": "nan", "inf": r"$\infty$", "-inf": r"$-\infty$"}[shown.value]
     body = shown.value + (rf" \pm {shown.error}" if shown.error else "").replace("inf", r"\infty")
     body = rf"\mathbf{{{body}}}" if cell.bold else body
     if shown.exponent:
         body = (f"({body})" if shown.error else body) + rf" \times 10^{{{shown.exponent}}}"
-    return f"${body}$" + (r"$^\ddagger$" if cell.at_floor else "")
+    return f"${body}$" + _latex_text(cell.signs)
 
 
 _LATEX = {character: f"\\{character}" for character in "{}#$%&_"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
 _LATEX |= {"×": r"$\times$", "±": r"$\pm$", "≤": r"$\leq$", "≥": r"$\geq$", "<": "$<$", ">": "$>$", "|": "$|$"}
+_LATEX |= {"†": r"$^\dagger$", "‡": r"$^\ddagger$", "★": r"$^\star$", "§": r"\textsuperscript{\S}"}
+_LATEX |= {"¶": r"\textsuperscript{\P}", "−": "$-$"}
 
 
 def _latex_text(text: str) -> str:

@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gradiometer.bench import figures, plots, report, selection, tables, terminal, typeset
+from gradiometer.bench import canvas, figures, plots, report, selection, tables, terminal, typeset
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.findings import findings
+from gradiometer.bench.statistics import Value
 from gradiometer.bench.uncertain import format_interval, format_uncertain, printed, shared_exponent
 from tests import synthetic
 
@@ -164,7 +165,7 @@ def test_an_snr_at_its_floor_is_marked_and_never_bold() -> None:
     floors = [bare(word, 0.025, 0.025, 0.025, metric="snr_floor") for word in "ab"]
     made = table(pd.DataFrame([*shown, *floors]), "toy", "inference")
     assert made.columns[0].heading == "SNR, floor 0.025"
-    assert [(line.cells[0].at_floor, line.cells[0].bold) for line in made.lines if line.cells[0]] == [(True, False)] * 2
+    assert [(line.cells[0].signs, line.cells[0].bold) for line in made.lines if line.cells[0]] == [("‡", False)] * 2
     assert any(note.startswith("‡") for note in made.notes)
 
 
@@ -192,7 +193,7 @@ def test_where_two_suites_measured_the_same_more_replicates_count() -> None:
 
 def test_tables_hold_k_evaluations_cost_and_units(rows: pd.DataFrame) -> None:
     made = table(rows, "digits-vae@late", "inference")
-    assert [column.metric for column in made.columns] == list(tables.GRADIENT)
+    assert [column.metric for column in made.columns] == ["variance", "rank", *tables.GRADIENT[1:]]
     line = next(line for line in made.lines if line.label == "dreg:K=64")
     assert (line.K, line.evaluations) == (64, 64.0)
     head = typeset.markdown(made).splitlines()[2]
@@ -252,7 +253,7 @@ def test_training_tables_average_the_last_step_over_seeds(rows: pd.DataFrame) ->
 # A terminal
 
 
-@pytest.mark.parametrize("width", [80, 100, 120, 150])
+@pytest.mark.parametrize("width", [80, 100, 120, 150, 170])
 def test_a_comparison_fits_its_terminal(rows: pd.DataFrame, width: int) -> None:
     console = Console(width=width, file=StringIO(), legacy_windows=False)
     console.print(terminal.comparison(rows[rows["problem"] == "digits-vae@late"], width=width))
@@ -264,7 +265,7 @@ def test_a_comparison_fits_its_terminal(rows: pd.DataFrame, width: int) -> None:
     )
     assert "…" not in text
     assert "disarm skipped" in text
-    assert ("Left out" in text) == (width < 150)
+    assert ("Left out" in text) == (width < 170)
 
 
 def test_a_comparison_aligns_its_decimal_points() -> None:
@@ -325,23 +326,259 @@ def test_learning_curves_average_seeds_and_span_them(rows: pd.DataFrame) -> None
     assert at["seconds"] == pytest.approx(of["seconds"].mean())
 
 
-def test_the_pareto_front_is_what_nothing_dominates(rows: pd.DataFrame) -> None:
+def test_the_pareto_front_is_what_nothing_surely_dominates(rows: pd.DataFrame) -> None:
     found = figures.cost_plane(rows)
     assert len(found) == len(synthetic.DIGITS) * 2 * 3
     for _, points in found.groupby(["problem", "group"]):
         for a in points.itertuples():
-            dominated = any(
-                b.seconds <= a.seconds and b.value <= a.value and (b.seconds < a.seconds or b.value < a.value)
-                for b in points.itertuples()
+            others = [b for b in points.itertuples() if b.Index != a.Index]
+            surely = any(b.cost_high < a.cost_low and b.high < a.low for b in others)
+            by_value = any(
+                b.cost <= a.cost and b.value <= a.value and (b.cost, b.value) != (a.cost, a.value) for b in others
             )
-            assert a.front != dominated
+            assert not (a.front and surely)
+            assert a.front or by_value
+            assert a.step != by_value
+        assert points.loc[points["step"], "front"].all(), "what no value dominates nothing surely dominates"
 
 
-def test_of_two_as_quiet_only_the_faster_is_on_the_front() -> None:
+def test_of_two_that_cannot_be_told_apart_both_are_on_the_front() -> None:
     seconds = {"metric": "seconds_per_gradient", "kind": "cost", "group": ""}
-    times = [bare("fast", 1.0, 1.0, 1.0, **seconds), bare("slow", 2.0, 2.0, 2.0, **seconds)]
-    found = figures.cost_plane(pd.DataFrame([bare("fast", 5.0, 4.0, 6.0), bare("slow", 5.0, 4.0, 6.0), *times]))
-    assert dict(found[["label", "front"]].to_numpy()) == {"fast": True, "slow": False}
+
+    def front(*errors: tuple[float, float, float], slow: float = 2.0) -> dict[str, tuple[bool, bool]]:
+        times = [bare("fast", 1.0, 0.9, 1.1, **seconds), bare("slow", slow, slow - 0.1, slow + 0.1, **seconds)]
+        measured = [bare(word, *error) for word, error in zip(("fast", "slow"), errors, strict=True)]
+        found = figures.cost_plane(pd.DataFrame([*measured, *times]))
+        return {label: (front, step) for label, front, step in found[["label", "front", "step"]].to_numpy()}
+
+    assert front((5.0, 4.0, 6.0), (5.0, 4.0, 6.0)) == {"fast": (True, True), "slow": (True, False)}
+    assert front((5.0, 4.0, 6.0), (7.0, 6.5, 8.0)) == {"fast": (True, True), "slow": (False, False)}
+    assert front((5.0, 4.0, 6.0), (7.0, 6.5, 8.0), slow=1.1) == {"fast": (True, True), "slow": (True, False)}
+    assert front((5.0, 4.0, 6.0), (3.0, 2.5, 3.5)) == {"fast": (True, True), "slow": (True, True)}
+
+
+def test_the_front_is_one_of_evaluations_too_and_tables_mark_both(rows: pd.DataFrame) -> None:
+    for budget, metric in (("seconds", "variance_seconds"), ("evaluations", "variance_evaluations")):
+        found = figures.cost_plane(rows[rows["problem"] == "digits-vae@late"], budget)
+        of = found[found["group"] == "inference"]
+        made = table(rows, "digits-vae@late", "inference")
+        number = [column.metric for column in made.columns].index(metric)
+        cells = {line.label: line.cells[number] for line in made.lines}
+        marked = {label for label, cell in cells.items() if cell and "★" in cell.signs}
+        assert marked == set(of.loc[of["front"], "label"])
+        assert 0 < len(marked) < len(of)
+        read = pd.read_csv(StringIO(typeset.csv(made))).set_index("estimator")
+        assert set(read.index[read[f"{metric} on front"].eq(True)]) == marked
+    assert any(note.startswith("★ on the Pareto front") for note in made.notes)
+
+
+# What carries a mark
+
+
+def biased(*rows: dict[str, object], **columns: object) -> pd.DataFrame:
+    """`good` and, quieter, `low`, which is declared biased; with further rows of its bias."""
+    low = bare("low", 1.0, 0.9, 1.1, biased=True, **columns)
+    return pd.DataFrame([bare("good", 2.0, 1.8, 2.2), low, *rows])
+
+
+def mse(estimator: str, value: float, half: float, **columns: object) -> dict[str, object]:
+    return bare(estimator, value, value - half, value + half, metric="mse", biased=True) | columns
+
+
+def cells(made: tables.Table) -> dict[tuple[str, str], typeset.Cell | None]:
+    return {
+        (line.label, c.metric): cell for line in made.lines for c, cell in zip(made.columns, line.cells, strict=True)
+    }
+
+
+def test_a_biased_estimator_never_wins_by_its_variance() -> None:
+    made = table(biased(), "toy", "inference")
+    assert [column.metric for column in made.columns] == ["variance", "mse"]
+    of = cells(made)
+    assert not any(cell.bold for cell in of.values() if cell)
+    assert of["low", "variance"].signs == "§"
+    assert of["good", "variance"].signs == ""
+    assert of["low", "mse"].words == "bias unknown"
+    assert of["good", "mse"].value == 2.0
+    assert any(note.startswith("§ declared biased") for note in made.notes)
+    honest = table(biased().assign(biased=False), "toy", "inference")
+    assert cells(honest)["low", "variance"].bold, "the negative control: were it not biased, it would win"
+    assert not any("§" in note for note in honest.notes)
+
+
+def test_the_winner_and_the_rank_are_by_mean_squared_error() -> None:
+    bias = bare("low", 3.0, 2.9, 3.1, metric="bias", biased=True)
+    made = table(biased(bias, mse("low", 10.0, 0.5)), "toy", "inference")
+    assert [column.metric for column in made.columns] == ["variance", "bias", "mse", "rank"]
+    of = cells(made)
+    assert {key for key, cell in of.items() if cell and cell.bold} == {("good", "mse")}
+    assert (of["good", "rank"].words, of["low", "rank"].words) == ("1", "2")
+    assert of["low", "bias"].value == 3.0
+    assert of["good", "bias"] is None
+    better = cells(table(biased(bias, mse("low", 1.1, 0.1)), "toy", "inference"))
+    assert {key for key, cell in better.items() if cell and cell.bold} == {("low", "mse")}, "little bias, less error"
+    assert "by mean squared error." in " ".join(made.notes)
+
+
+def test_a_biased_estimator_wins_no_other_column_of_noise() -> None:
+    snr = [bare("good", 1.0, 0.9, 1.1, metric="snr"), bare("low", 2.0, 1.9, 2.1, metric="snr", biased=True)]
+    snr += [bare("other", 0.5, 0.4, 0.6, metric="snr")]
+    of = cells(table(biased(*snr), "toy", "inference"))
+    assert of["good", "snr"].bold
+    assert not of["low", "snr"].bold
+
+
+def test_ranks_are_intervals_where_the_data_leave_them_open() -> None:
+    shown = [bare("a", 1.0, 0.9, 1.1), bare("b", 2.0, 1.7, 2.3), bare("c", 2.2, 1.9, 2.5), bare("d", 9.0, 8.0, 10.0)]
+    made = table(pd.DataFrame(shown), "toy", "inference")
+    of = cells(made)
+    assert [of[word, "rank"].words for word in "abcd"] == ["1", "2–3", "2–3", "4"]
+    assert [word for word in "abcd" if of[word, "variance"].bold] == ["a"]
+    read = pd.read_csv(StringIO(typeset.csv(made))).set_index("estimator")
+    assert (read.loc["b", "rank low"], read.loc["b", "rank high"]) == (2, 3)
+    assert "2--3" in typeset.latex(made)
+
+
+def test_ranks_are_paired_where_noise_is_shared_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], str]] = []
+
+    def ranking(values: dict[str, Value], better: str) -> dict[str, tuple[int, int]]:
+        asked.append((sorted(values), better))
+        return dict.fromkeys(values, (1, len(values)))
+
+    monkeypatch.setattr(figures.statistics, "ranking", ranking)
+    shared = [bare(w, v, v - 0.1, v + 0.1, jackknife=shards(v, 0.1, -0.1, 0.02)) for w, v in (("a", 1.0), ("b", 2.0))]
+    shared = [row | {"label": row["estimator"], "seed": 0, "B": 20, "digest": "d", "K": 8.0} for row in shared]
+    assert figures.ranks(pd.DataFrame(shared), "lower") == {"a": (1, 2), "b": (1, 2)}
+    assert asked == [(["a", "b"], "lower")]
+    for change in ({"seed": 1}, {"replicates": 32}, {"jackknife": None}, {"digest": "e"}):
+        assert figures.ranks(pd.DataFrame([shared[0], shared[1] | change]), "lower") == {"a": (1, 1), "b": (2, 2)}
+    assert len(asked) == 1
+    noiseless = shared[0] | {"label": "exact", "value": 0.0, "low": math.nan, "high": math.nan, "jackknife": None}
+    found = figures.ranks(pd.DataFrame([*shared, noiseless]), "lower")
+    assert found == {"exact": (1, 1), "a": (2, 3), "b": (2, 3)}
+
+
+def test_common_noise_tells_ranks_apart_where_intervals_overlap() -> None:
+    common = np.array([0.10, -0.10, 0.08, -0.07, 0.02, -0.03])
+    quiet = bare("quiet", 1.0, 0.7, 1.4, jackknife=list(1 + common))
+    loud = bare("loud", 1.2, 0.8, 1.7, jackknife=list(1.2 * (1 + common)))
+    of = cells(table(pd.DataFrame([quiet, loud]), "toy", "inference"))
+    assert (of["quiet", "rank"].words, of["loud", "rank"].words) == ("1", "2")
+    assert of["quiet", "variance"].bold
+    other = cells(table(pd.DataFrame([quiet, loud | {"replicates": 128}]), "toy", "inference"))
+    assert other["quiet", "rank"].words == "1–2"
+
+
+EVERY_MARK = [
+    bare("good", 2.0, 1.8, 2.2, checked=True),
+    bare("mine", 1.0, 0.9, 1.1, biased=True, tails="heavy"),
+    bare("good", 1.0, 0.9, 1.1, checked=True, metric="seconds_per_gradient", kind="cost", group=""),
+    bare("mine", 2.0, 1.9, 2.1, metric="seconds_per_gradient", kind="cost", group=""),
+]
+
+
+def test_every_writer_carries_every_mark() -> None:
+    made = table(pd.DataFrame(EVERY_MARK), "toy", "inference")
+    console = Console(width=140, file=StringIO())
+    console.print(terminal.comparison(pd.DataFrame(EVERY_MARK), width=140))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in (typeset.markdown(made), shown):
+        line = next(line for line in text.splitlines() if "mine" in line)
+        assert all(sign in line for sign in "†§¶")
+        assert not any(sign in next(line for line in text.splitlines() if "good" in line) for sign in "†§¶")
+        for note in ("† ", "§ declared biased", "¶ heavy tails: the interval may be too short"):
+            assert note in text
+    tex = next(line for line in typeset.latex(made).splitlines() if "mine" in line)
+    assert all(command in tex for command in (r"mine$^\dagger$", r"\textsuperscript{\S}", r"\textsuperscript{\P}"))
+    read = pd.read_csv(StringIO(typeset.csv(made))).set_index("estimator")
+    assert read.loc["mine", ["checked", "biased", "tails"]].tolist() == [False, True, "heavy"]
+    assert read.loc["good", ["checked", "biased"]].tolist() == [True, False]
+
+
+def test_the_page_carries_every_mark(tmp_path: Path) -> None:
+    report.write(pd.DataFrame(EVERY_MARK), tmp_path, {"html"}, {})
+    page = (tmp_path / "report.html").read_text()
+    assert '<th scope="row">mine †</th>' in page
+    assert '<th scope="row">good</th>' in page
+    assert "1.000 ± 0.050&thinsp;§¶" in page
+    assert "bias unknown" in page
+
+
+def words_of(plot: canvas.Plot) -> list[str]:
+    """Everything that a figure writes."""
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in plot.figure.findobj(Text) if text.get_text()]
+
+
+def test_every_figure_marks_what_is_unchecked_biased_or_heavy() -> None:
+    several: list[dict[str, object]] = []
+    for word, about in (("good", {"checked": True}), ("mine", {"biased": True, "tails": "heavy"})):
+        for K in (1, 2, 4):
+            for metric in ("variance", "snr", "mse"):
+                several.append(
+                    bare(f"{word}:K={K}", 1 / K, 0.9 / K, 1.1 / K, metric=metric, K=K, evaluations=float(K), **about)
+                )
+            time = {"metric": "seconds_per_gradient", "kind": "cost", "group": ""}
+            several.append(bare(f"{word}:K={K}", K, 0.9 * K, 1.1 * K, K=K, **time, **about))
+            run = {"metric": "test_elbo", "kind": "training", "group": "", "unit": "nats"}
+            several += [
+                bare(f"{word}:K={K}", -20 + s, -21, -19, K=K, step=float(s), seed=0, **run, **about) for s in (0, 9)
+            ]
+    made = plots.plots(pd.DataFrame(several))
+    assert {plot.name.partition("-")[0] for plot in made} == {"variance", "snr", "cost", "evaluations", "training"}
+    for plot in made:
+        marks = "†" if plot.name.startswith("training") else "†§¶"
+        mine, good = ([text for text in words_of(plot) if text.startswith(word)] for word in ("mine", "good"))
+        assert mine, plot.name
+        assert all(text.endswith(f" {marks}") for text in mine), (plot.name, mine)
+        assert good, plot.name
+        assert not any(sign in text for text in good for sign in "†§¶")
+        assert "† has not passed a check." in plot.caption
+        assert ("§ declared biased" in plot.caption) == (marks != "†")
+    none = plots.plots(pd.DataFrame(several).assign(checked=False, biased=False, tails=""))
+    assert all("†" not in " ".join(words_of(plot)) for plot in none)
+    assert all("No estimator here has passed a check." in plot.caption for plot in none)
+
+
+# Parts of a variance
+
+
+def parts(tensor: str = "", randomness: str = "estimator", **columns: object) -> dict[str, object]:
+    return {"tensor": tensor, "randomness": randomness} | columns
+
+
+def test_shares_of_tensors_add_up_and_are_paired() -> None:
+    common = np.array([0.1, -0.1, 0.05, -0.05])
+    rows = [
+        bare("a", v, 0.9 * v, 1.1 * v, jackknife=list(v * (1 + common)), **parts(f"encoder.{name}"))
+        for name, v in (("0.weight", 3.0), ("0.bias", 1.0))
+    ]
+    made = table(pd.DataFrame([bare("a", 4.0, 3.6, 4.4), *rows]), "toy", "where the variance")
+    assert [(column.heading, column.unit) for column in made.columns] == [("0.bias", "%"), ("0.weight", "%")]
+    (line,) = made.lines
+    assert [cell.value for cell in line.cells if cell] == pytest.approx([25.0, 75.0])
+    assert all(cell.stderr < 1e-9 for cell in line.cells if cell), "common noise cancels"
+    gradient = table(pd.DataFrame([bare("a", 4.0, 3.6, 4.4), *rows]), "toy", "gradient of")
+    assert [cell.value for cell in gradient.lines[0].cells if cell] == [4.0], "a tensor is not taken for its group"
+
+
+def test_the_minibatchs_part_stands_beside_the_estimators() -> None:
+    rows = [
+        bare("a", v, 0.9 * v, 1.1 * v, minibatches=32, **parts(randomness=part))
+        for part, v in (("estimator", 1.0), ("minibatch", 3.0), ("both", 4.0))
+    ]
+    made = table(pd.DataFrame([bare("a", 2.0, 1.8, 2.2), *rows]), "toy", "by its source")
+    assert [column.heading for column in made.columns] == ["of the estimator", "of the minibatch", "of both"]
+    assert [cell.value for cell in made.lines[0].cells if cell] == [1.0, 3.0, 4.0]
+    assert tables.ADD_UP in made.notes
+    assert (
+        cells(table(pd.DataFrame([bare("a", 2.0, 1.8, 2.2), *rows]), "toy", "gradient of"))["a", "variance"].value
+        == 2.0
+    )
+    alone = tables.tables(pd.DataFrame([bare("a", 2.0, 1.8, 2.2)]))
+    assert not any("source" in made.title or "sits" in made.title for made in alone)
 
 
 def test_looks_are_distinct_and_the_same_whatever_else_is_shown(rows: pd.DataFrame) -> None:
@@ -377,6 +614,7 @@ def test_labels_of_crowded_points_do_not_cover_each_other() -> None:
 def test_plots_say_what_they_measure_and_come_in_every_format(few: pd.DataFrame) -> None:
     made = {plot.name: plot for plot in plots.plots(few)}
     assert {"variance-digits-vae", "snr-digits-vae", "snr-against-K-gaussian-toy", "cost-digits-vae@late"} <= set(made)
+    assert "evaluations-gaussian-toy" in made
     assert {"training-elbo-digits-vae", "training-iwelbo-digits-vae"} <= set(made)
     assert all(len(plot.title) > 20 and len(plot.caption) > 60 for plot in made.values())
     plot = made["snr-digits-vae"]
@@ -388,7 +626,7 @@ def test_plots_say_what_they_measure_and_come_in_every_format(few: pd.DataFrame)
     assert b"</svg>" in svg
     assert b"<dc:date>" not in svg
     words = [text.get_text() for text in plot.figure.axes[0].get_yticklabels()]
-    assert sorted(words) == ["dreg:K=8", "iwae:K=8", "nvi:levels=4,K=8", "pathwise"]
+    assert sorted(words) == ["dreg:K=8", "iwae:K=8", "nvi:levels=4,K=8 †", "pathwise"]
 
 
 # Findings
@@ -432,6 +670,80 @@ def test_rows_without_shards_or_of_other_noise_are_not_paired() -> None:
     assert findings(pd.DataFrame([a, b | {"jackknife": pair, "replicates": 128}])) == {}
     assert findings(pd.DataFrame([a | {"digest": "1"}, b | {"jackknife": pair, "digest": "2"}])) == {}
     assert findings(pd.DataFrame([a, b | {"jackknife": pair}])) != {}
+
+
+def test_a_biased_estimator_is_judged_by_its_mean_squared_error_alone() -> None:
+    pair = {"jackknife": shards(1.0, 0.01, -0.01, 0.005)}
+    good, low = bare("good", 1.0, 0.9, 1.1, **pair), bare("low", 0.1, 0.09, 0.11, biased=True)
+    low["jackknife"] = shards(0.1, 0.01, 0.01, -0.01)
+    said = " ".join(sentence for topic in findings(pd.DataFrame([good, low])).values() for sentence in topic)
+    assert "low" not in said, "its bias is unknown"
+    error = low | {"metric": "mse", "value": 2.0, "jackknife": shards(2.0, 0.01, 0.0, -0.01)}
+    said = findings(pd.DataFrame([good, low, error]))["Variance at equal K"][0]
+    assert "`good` has the lowest mean squared error. That of `low` (biased) is 2.00" in said
+    honest = findings(pd.DataFrame([good, low | {"biased": False}]))["Variance at equal K"][0]
+    assert "`low` has the lowest variance" in honest
+
+
+def test_findings_say_what_is_unchecked_and_what_has_heavy_tails() -> None:
+    rows = [
+        bare("a", 1.0, 0.9, 1.1, jackknife=shards(1.0, 0.01, -0.01, 0.005), checked=True),
+        bare("b", 2.0, 1.8, 2.2, jackknife=shards(2.0, 0.01, 0.02, -0.01), tails="heavy"),
+    ]
+    found = findings(pd.DataFrame(rows))
+    assert "That of `b` (unchecked, heavy tails) is" in found["Variance at equal K"][0]
+    assert "Checks" not in found
+    assert findings(pd.DataFrame(rows).assign(checked=False))["Checks"][0].startswith(
+        "No estimator here has passed a check"
+    )
+
+
+def with_norms(word: str, K: int, variance: float, seed: int, **columns: object) -> list[dict[str, object]]:
+    """Variance and norm of a mean gradient of two, at K evaluations."""
+    noise = 0.01 * np.random.default_rng(seed).standard_normal((2, 16))
+    about = {"K": K, "evaluations": float(K)} | columns
+    quantities = zip(("variance", "gradient_norm"), (variance, 2.0), noise, strict=True)
+    return [
+        bare(f"{word}:K={K}", v, 0.9 * v, 1.1 * v, jackknife=list(v * (1 + n)), metric=m, **about)
+        for m, v, n in quantities
+    ]
+
+
+def test_the_k_that_makes_the_most_of_a_budget_is_found() -> None:
+    rows = [*with_norms("iwae", 8, 8.0, 0), *with_norms("iwae", 32, 4.0, 1)]
+    (said,) = findings(pd.DataFrame(rows))["K at a fixed budget"]
+    found = re.fullmatch(
+        r"toy, inference parameters: `iwae`: K = 8 makes the most of a budget of evaluations "
+        r"\(K = 32 needs ([\d.]+) \(([\d.]+) to ([\d.]+)\) times as many for the same relative error\)\.",
+        said,
+    )
+    assert found, said
+    assert float(found[1]) == pytest.approx(2.0, rel=0.05)
+    assert float(found[2]) < float(found[1]) < float(found[3])
+    more = [*with_norms("iwae", 8, 8.0, 0), *with_norms("iwae", 32, 1.0, 1)]
+    assert "K = 32 makes the most" in findings(pd.DataFrame(more))["K at a fixed budget"][0]
+
+
+def test_ks_that_make_as_much_of_a_budget_are_tied() -> None:
+    rows = [*with_norms("iwae", 8, 8.0, 0), *with_norms("iwae", 16, 4.0, 1), *with_norms("iwae", 64, 4.0, 2)]
+    (said,) = findings(pd.DataFrame(rows))["K at a fixed budget"]
+    assert "K = 8 and 16 cannot be told apart in what they make of a budget of evaluations (K = 64 needs" in said
+    alone = findings(pd.DataFrame(with_norms("iwae", 8, 8.0, 0)))
+    assert "K at a fixed budget" not in alone
+
+
+def test_a_bias_shrinks_with_no_budget() -> None:
+    rows = [*with_norms("low", 8, 8.0, 0, biased=True), *with_norms("low", 32, 4.0, 1, biased=True)]
+    assert "K at a fixed budget" not in findings(pd.DataFrame(rows))
+
+
+def test_a_budget_of_seconds_is_the_machines() -> None:
+    rows = [*with_norms("iwae", 8, 8.0, 0), *with_norms("iwae", 32, 4.0, 1)]
+    time = {"metric": "seconds_per_gradient", "kind": "cost", "group": ""}
+    rows += [bare(f"iwae:K={K}", 1.0, 0.99, 1.01, K=K, **time) for K in (8, 32)]
+    said = findings(pd.DataFrame(rows))["K at a fixed budget"]
+    assert len(said) == 2
+    assert "K = 32 makes the most of a budget of seconds on this machine (K = 8 needs" in said[1]
 
 
 def test_flips_and_slopes_are_found(rows: pd.DataFrame) -> None:

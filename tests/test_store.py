@@ -56,6 +56,15 @@ def test_rows_come_back_as_they_went_in(folder: Path) -> None:
     assert list(stored["manifest"]) == ["2026-11-20"] * 2 + ["2026-11-21"] * 2
 
 
+def test_rows_say_which_machine_they_were_made_on(folder: Path) -> None:
+    store.write_cell(folder, "a" * 12, rows(), {"machine": "a processor", "gpu": "a card"})
+    store.write_cell(folder, "b" * 12, rows(device="cuda:1"), {"machine": "a processor", "gpu": "a card"})
+    table = store.load(folder)
+    assert dict(table[["cell", "machine"]].to_numpy()) == {"a" * 12: "a processor", "b" * 12: "a card"}
+    store.write_cell(folder, "b" * 12, rows(), MANIFEST)
+    assert set(store.load(folder)["machine"]) == {"a processor", ""}, "an older record does not say"
+
+
 def test_what_all_rows_share_is_written_once(folder: Path) -> None:
     record = json.loads((folder / "cells" / f"{'a' * 12}.json").read_text())
     assert record["rows"] == [{"group": "generative"}, {"group": "inference"}]
@@ -79,6 +88,7 @@ def test_columns_have_their_types_whatever_is_absent(folder: Path) -> None:
         "evaluations",
         "seed",
         "replicates",
+        "minibatches",
         "version",
     ]
     assert all(pd.api.types.is_numeric_dtype(table[name]) for name in numbers)
