@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, full_like
+from torch import Tensor, full_like, nn
 from torch.distributions import Bernoulli, Independent, Normal, Uniform
 
 from gradiometer.estimators.antithetic import DisARM
@@ -12,6 +12,7 @@ from gradiometer.estimators.base import Average, Coefficients, Estimator, Facts,
 from gradiometer.estimators.nested import NVI
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.relaxed import REBAR, Concrete, conditional
+from gradiometer.estimators.score_function import NVIL
 
 SCORE = Facts("planted", family="test")
 PATHWISE = Facts("planted", family="test", needs=("rsample",))
@@ -409,6 +410,91 @@ class LayerByLayer(Estimator):
 
 def _still(q: Independent) -> Independent:
     return Independent(Normal(q.base_dist.loc.detach(), q.base_dist.scale.detach()), 1)
+
+
+@mistake("an objective that nobody knows", "untested")
+@dataclass(frozen=True)
+class UnknownObjective(Weighted):
+    K: int = 3
+    facts = replace(BOUND, objective={"generative": "iwelbo", "inference": "inclusive kl"})
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        w = log_w.softmax(0)
+        return Coefficients(generative=w, score=-w)
+
+
+@mistake("wrong from five particles on", "K = 8")
+@dataclass(frozen=True)
+class WrongFromFive(Weighted):
+    K: int = 8
+    facts = PATHWISE_BOUND
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        w = log_w.softmax(0) if len(log_w) < 5 else (0.9 * log_w).softmax(0)
+        return Coefficients(generative=w, pathwise=w**2)
+
+
+@mistake("consistent, it says", "consistent")
+@dataclass(frozen=True)
+class NotConsistent(Weighted):
+    K: int = 3
+    facts = replace(PATHWISE_BOUND, biased=("generative", "inference"), consistent=("generative", "inference"))
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        w = (log_w / 2).softmax(0)
+        return Coefficients(generative=w, pathwise=w**2)
+
+
+@mistake("the prior taken for a standard normal", "shifted prior")
+@dataclass(frozen=True)
+class StandardPrior(Estimator):
+    facts = replace(PATHWISE, needs=("gaussian", "likelihood"))
+
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        q = model.guide(x)
+        z, base = rng.rsample(q, self.K), q.base_dist
+        kl = 0.5 * (base.loc**2 + base.scale**2 - 1 - 2 * base.scale.log()).sum(-1)
+        term = model.likelihood(z).log_prob(x).mean(0) - kl
+        return Surrogate({"generative": term, "inference": term}, (model.log_joint(x, z) - q.log_prob(z)).detach())
+
+
+@mistake("the data changed in place", "changed the data in place")
+@dataclass(frozen=True)
+class DataInPlace(OfBound):
+    def particles(self, model, x: Tensor, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
+        x.data.clamp_(1e-3, 1 - 1e-3)
+        return super().particles(model, x, rng)
+
+
+@mistake("a baseline trained uphill", "multiply the variance")
+@dataclass(frozen=True)
+class TrainedUphill(Weighted):
+    facts = SCORE
+
+    def init_state(self, model, x: Tensor) -> State:
+        return State(learned={"baseline": nn.Linear(x[0].numel(), 1)})
+
+    def signal(self, log_w: Tensor, x: Tensor, state: State) -> Tensor:
+        return log_w - state.learned["baseline"](x).squeeze(-1).detach()
+
+    def coefficients(self, log_w: Tensor) -> Coefficients:
+        return Coefficients(generative=equal(log_w), score=log_w / len(log_w))
+
+    def learn(self, model, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            q = model.guide(x)
+            z = rng.sample(q, self.K)
+            log_w = model.log_joint(x, z) - q.log_prob(z)
+        return {"baseline": (log_w - state.learned["baseline"](x).squeeze(-1)).square().mean(0)}
+
+
+@mistake("a regulariser put into what trains the baseline", "nothing else")
+@dataclass(frozen=True)
+class TrainsTheGuide(NVIL):
+    def learn(self, model, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
+        q = model.guide(x)
+        entropy = -q.log_prob(rng.sample(q, 1)).mean(0)
+        return {**super().learn(model, x, rng, state), "inference": entropy}
 
 
 # Control variates, antithetic pairs, relaxations, nested moves.

@@ -269,7 +269,7 @@ def test_overlapping_missing_and_tied_parameters_are_refused() -> None:
 def test_capabilities() -> None:
     common = {"likelihood", "prior"}
     assert offers(vae(), data()) == {*common, "kl", "rsample", "gaussian"}
-    assert offers(vae("bernoulli"), data()) == {*common, "kl"}
+    assert offers(vae("bernoulli"), data()) == {*common, "kl", "bernoulli", "discrete", "relaxed"}
     assert offers(vae("gaussian", (2, 3)), data()) == {*common, "rsample"}
     assert "rsample" in offers(FunctionToy(), torch.ones(1, 1))
     assert "rsample" not in offers(BernoulliToy(), torch.ones(1, 1))

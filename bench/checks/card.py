@@ -11,6 +11,7 @@ from typing import Any
 from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.uncertain import format_uncertain
 
+MEANS = ("unbiased", "biased as declared", "direction", "consistent", "own value")  # claims about a group's mean
 SHOWN = 4  # broken claims of one kind that are printed whole
 EXPLAINED = {
     "unbiased": "mean gradient against the exact one",
@@ -31,6 +32,8 @@ EXPLAINED = {
     "data apart": "data points do not touch",
     "noiseless": "no noise at the exact posterior",
     "engine": "the harness's fast way against the slow one",
+    "precision": "float32 against float64",
+    "learning": "learning makes the gradient quieter",
     "runs": "it can be built and run",
 }
 
@@ -60,10 +63,17 @@ class Card:
         return [claim for claim in self.claims if claim.holds is False]
 
     @property
+    def untested(self) -> list[str]:
+        """Groups whose mean was compared with nothing, though nothing of it is declared biased."""
+        tested = {c.where.partition(",")[0] for c in self.claims if c.holds is not None and c.name in MEANS}
+        missing = {c.where.partition(",")[0] for c in self.claims if c.holds is None and c.name == "unbiased"}
+        return sorted(missing - tested)
+
+    @property
     def passed(self) -> bool:
-        """Every claim that could be tested holds, and one about its mean could be."""
-        means = {"unbiased", "biased as declared", "direction", "consistent", "same mean", "no bias found"}
-        return not self.broken and any(claim.holds and claim.name in means for claim in self.claims)
+        """Every claim that could be tested holds, and the mean of every group was tested that is not declared biased."""
+        some = any(claim.holds and claim.name in MEANS for claim in self.claims)
+        return some and not self.broken and not self.untested
 
     def as_dict(self) -> dict[str, Any]:
         """Plain, for JSON; what is not a number is None."""
@@ -94,7 +104,9 @@ class Card:
             worst = max((c.off for c in claims if c.off == c.off), default=math.nan)
             limit = max((c.detectable for c in claims if c.detectable == c.detectable), default=math.nan)
             size = "" if worst != worst else f"; off by {worst:.1g} at most"
-            if name == "uphill":
+            if name == "learning":
+                size = f"; variance times {max(c.off for c in claims):.2g}"
+            elif name == "uphill":
                 size = f"; cosine at least {min(c.off for c in claims):.2g}"
             elif name == "biased as declared":
                 size = "" if worst != worst else f"; up to {worst:.2g}"

@@ -22,6 +22,7 @@ from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.registry import configured, parse
 
 REPLICATES = 24
+SINGLE = 1e-3  # what rounding leaves of a mean, relative to its largest coordinate; it is some 1e-5
 COUNTS = (2, 4, 8, 16, 32)
 
 
@@ -39,6 +40,22 @@ def engine_agrees(estimator: Estimator) -> Claim:
     worst = max(apart(_tensors(getattr(fast, kind)), _tensors(getattr(slow, kind)))[0] for kind in ("mean", "variance"))
     said = f"mean and variance by {fast.engine}, in chunks of 7, and one by one"
     return Claim("engine", worst < 1e-9, problem.name, said, worst, 1e-9)
+
+
+def single_precision(estimator: Estimator) -> Claim:
+    """In float32, in which it will be measured, its gradients are those of float64 but for rounding."""
+    problem = _problem(estimator)
+    single, double = (
+        measure(problem, estimator, replicates=REPLICATES, dtype=dtype, engine="loop")
+        for dtype in (torch.float32, torch.float64)
+    )
+    off, name = apart(_tensors(single.mean), _tensors(double.mean))
+    said = (
+        "means of a few gradients in float32 and in float64"
+        if off < SINGLE
+        else f"in float32 its mean is another, in {name!r}"
+    )
+    return Claim("precision", off < SINGLE, problem.name, said, off, SINGLE)
 
 
 def _tensors(of: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -34,13 +34,17 @@ def at(estimator: Estimator, K: int) -> Estimator | None:
 
 
 def difference(samples: Gradients, wanted: Gradients, world: World, exact: bool, effort: Effort) -> Difference:
-    """The largest error of a tensor's coordinates, relative to the tensor's largest, beside what could be seen."""
-    largest = max(float(g.abs().max()) for g in wanted.values())
-    coordinates = sum(g.numel() for g in wanted.values())
+    """The largest error of a tensor's coordinates, relative to the tensor's largest, beside what could be seen.
+
+    Args:
+        samples, wanted: by parameter ``[S, *shape]``, of independent randomisations; S is 1 if `exact`, or if `wanted` is.
+    """
+    largest = max(float(g.mean(0).abs().max()) for g in wanted.values())
+    coordinates = sum(g[0].numel() for g in wanted.values())
     worst = Difference("", 0.0, world.accuracy)
     for name, sample in samples.items():
         error = sample - wanted[name]  # [S, *shape]
-        scale = max(float(wanted[name].abs().max()), 1e-3 * largest, 1e-12)
+        scale = max(float(wanted[name].mean(0).abs().max()), 1e-3 * largest, 1e-12)
         if exact:
             found = Difference(name, float(error.abs().max()) / scale, world.accuracy)
         else:

@@ -9,11 +9,11 @@ import torch
 
 from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.diagnosis import diagnose
-from gradiometer.bench.checks.differences import Difference, at, difference
+from gradiometer.bench.checks.differences import at, difference
 from gradiometer.bench.checks.expectations import Effort, Expectation, Gradients, expectation
 from gradiometer.bench.checks.identities import experienced, named
 from gradiometer.bench.checks.slopes import nested, of_last_weights, of_own_value
-from gradiometer.bench.checks.targets import INCLUSIVE, OBJECTIVES, inclusive, objective_of, target
+from gradiometer.bench.checks.targets import INCLUSIVE, OBJECTIVES, inclusive, objective_of, sampled, target
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import trainable
 from gradiometer.estimators.base import Estimator, State
@@ -41,7 +41,7 @@ def claims(estimator: Estimator, world: World, effort: Effort, planted: Planted 
             yield of_last_weights(estimator, world, state, group, samples, effort)
         else:
             yield _of_group(estimator, world, group, samples, found.exact, effort)
-            yield from _ascends(estimator, world, group, found)
+            yield from _ascends(estimator, world, group, found, effort)
         if found.value is not None:
             yield of_own_value(estimator, world, state, group, samples, effort)
     if found.objective is not None and not nested(estimator, world):
@@ -53,7 +53,7 @@ def claims(estimator: Estimator, world: World, effort: Effort, planted: Planted 
 def _of_group(estimator: Estimator, world: World, group: str, samples: Gradients, exact: bool, effort: Effort) -> Claim:
     where = f"{group}, {world.name}, K = {estimator.K}"
     name = estimator.facts.objective_of(group)
-    wanted = wanted_of(estimator, world, group)
+    wanted = wanted_of(estimator, world, group, effort)
     if wanted is None:
         return Claim("unbiased", None, where, f"there is no exact gradient of {name!r} to compare with")
     wanted = {n: wanted[n] for n in samples}
@@ -66,29 +66,40 @@ def _of_group(estimator: Estimator, world: World, group: str, samples: Gradients
     if not apart.shows:
         said = f"the gradient of {name}, to {max(apart.off, 1e-16):.0e} of a tensor's largest"
         return Claim("unbiased", True, where, said, apart.off, apart.detectable)
-    means = {n: sample.mean(0) for n, sample in samples.items()}
-    said = f"not the gradient of {name}: {diagnose(means, wanted, world, estimator.K)}; off by {apart.off:.2g} in {apart.tensor!r}"
+    kind = diagnose(_means(samples), _means(wanted), world, estimator.K)
+    said = f"not the gradient of {name}: {kind}; off by {apart.off:.2g} in {apart.tensor!r}"
     return Claim("unbiased", False, where, said, apart.off, apart.detectable)
 
 
-def _ascends(estimator: Estimator, world: World, group: str, found: Expectation) -> Iterator[Claim]:
+def _means(samples: Gradients) -> Gradients:
+    return {name: sample.mean(0) for name, sample in samples.items()}
+
+
+def _ascends(estimator: Estimator, world: World, group: str, found: Expectation, effort: Effort) -> Iterator[Claim]:
     """A biased gradient that is of any use points uphill; with one particle a self-normalised one need not."""
-    wanted = wanted_of(estimator, world, group)
-    if group not in estimator.facts.biased or estimator.K < 2 or wanted is None:
+    if group not in estimator.facts.biased or estimator.K < 2:
         return
-    names = [name for name in trainable(world.model, State())[group]]
-    mean, exact = (torch.cat([of[name].flatten() for name in names]) for of in (found.mean, wanted))
+    if (wanted := wanted_of(estimator, world, group, effort)) is None:
+        return
+    names = list(trainable(world.model, State())[group])
+    mean, exact = (torch.cat([of[name].flatten() for name in names]) for of in (found.mean, _means(wanted)))
     cosine = float(mean @ exact / (mean.norm() * exact.norm()).clamp(min=1e-300))
     said = f"its cosine to the gradient of {estimator.facts.objective_of(group)} is {cosine:.2g}"
     yield Claim("uphill", cosine > 0, f"{group}, {world.name}, K = {estimator.K}", said, cosine)
 
 
-def wanted_of(estimator: Estimator, world: World, group: str) -> Gradients | None:
-    """The exact gradient of what a group ascends, if there is one."""
-    if estimator.facts.objective_of(group) == INCLUSIVE:
-        return inclusive(world)
-    objective = objective_of(estimator, group)
-    return None if objective is None else target(world, objective, estimator.K)[0]
+def wanted_of(estimator: Estimator, world: World, group: str, effort: Effort) -> Gradients | None:
+    """The gradient of what a group ascends, if there is one: exact ``[1, *shape]``, or by randomisation ``[S, *shape]``."""
+    name = estimator.facts.objective_of(group)
+    if name == INCLUSIVE:
+        return {n: g.unsqueeze(0) for n, g in inclusive(world).items()}
+    if (objective := objective_of(estimator, group)) is None:
+        return None
+    if name == "elbo":
+        return {n: g.unsqueeze(0) for n, g in target(world, objective, 1)[0].items()}  # the same for every K
+    if world.most < estimator.K and "rsample" in world.offered:
+        return sampled(world, objective, estimator.K, effort)[0]
+    return {n: g.unsqueeze(0) for n, g in target(world, objective, estimator.K)[0].items()}
 
 
 def _rescaled(
@@ -101,16 +112,22 @@ def _rescaled(
     effort: Effort,
 ) -> Claim:
     where = f"{group}, {world.name}, K = {estimator.K}"
-    product = sum(float((samples[n].mean(0) * wanted[n]).sum()) for n in samples)
-    factor = product / sum(float((wanted[n] ** 2).sum()) for n in samples)
+    product = sum(float((samples[n].mean(0) * wanted[n].mean(0)).sum()) for n in samples)
+    factor = product / sum(float((wanted[n].mean(0) ** 2).sum()) for n in samples)
     apart = difference(samples, {n: factor * wanted[n] for n in samples}, world, exact, effort)
     name = estimator.facts.objective_of(group)
     if factor > 0 and not apart.shows:
         said = f"{factor:.3g} times the gradient of {name}, as declared"
         return Claim("direction", True, where, said, apart.off, apart.detectable)
-    means = {n: sample.mean(0) for n, sample in samples.items()}
-    said = f"not a positive multiple of the gradient of {name}: {diagnose(means, wanted, world, estimator.K)}"
-    return Claim("direction", False, where, said, apart.off, apart.detectable)
+    kind = diagnose(_means(samples), _means(wanted), world, estimator.K)
+    return Claim(
+        "direction",
+        False,
+        where,
+        f"not a positive multiple of the gradient of {name}: {kind}",
+        apart.off,
+        apart.detectable,
+    )
 
 
 def _value(estimator: Estimator, world: World, found: Expectation, effort: Effort) -> Claim:
@@ -118,16 +135,16 @@ def _value(estimator: Estimator, world: World, found: Expectation, effort: Effor
     where = f"{world.name}, K = {estimator.K}"
     name = estimator.facts.objective_of("generative")
     objective = OBJECTIVES.get(name, estimator.objective)
-    wanted = target(world, objective, estimator.K)[1]
+    if world.most < estimator.K and "rsample" in world.offered:
+        wanted = sampled(world, objective, estimator.K, effort)[1]
+    else:
+        wanted = torch.tensor([target(world, objective, estimator.K)[1]], dtype=torch.float64)
     assert found.objective is not None
-    values = {name: found.objective}
-    apart = difference(values, {name: torch.tensor(wanted, dtype=torch.float64)}, world, found.exact, effort)
-    mean = float(found.objective.mean())
+    apart = difference({name: found.objective}, {name: wanted}, world, found.exact, effort)
+    said = f"it reports {float(found.objective.mean()):.6g} where {name} is {float(wanted.mean()):.6g}"
     if not apart.shows:
-        return Claim("value", True, where, f"the value it reports is {name}", apart.off, apart.detectable)
-    return Claim(
-        "value", False, where, f"it reports {mean:.6g} where {name} is {wanted:.6g}", apart.off, apart.detectable
-    )
+        said = f"the value it reports is {name}"
+    return Claim("value", not apart.shows, where, said, apart.off, apart.detectable)
 
 
 def _same_mean(
@@ -137,15 +154,9 @@ def _same_mean(
     other = at(parse(word), estimator.K)
     if not own or other is None or not world.admits(other):
         return
-    theirs = expectation(other, world, experienced(other, world), effort, seed=1)
-    shared = {n: s - theirs.samples[n].mean(0) for n, s in found.samples.items() if n in theirs.samples}
-    scale = {n: theirs.samples[n].mean(0) for n in shared}
-    wanted = {n: torch.zeros_like(g) for n, g in scale.items()}
-    exact = found.exact and theirs.exact
-    worst = Difference("", 0.0, world.accuracy)
-    for n, sample in shared.items():
-        one = difference({n: sample + scale[n]}, {n: wanted[n] + scale[n]}, world, exact, effort)
-        worst = one if one.off / one.detectable > worst.off / worst.detectable else worst
+    theirs = expectation(other, world, experienced(other, world), effort)  # on the same points
+    wanted = {n: theirs.samples[n] for n in found.samples if n in theirs.samples}
+    worst = difference({n: found.samples[n] for n in wanted}, wanted, world, found.exact and theirs.exact, effort)
     where = f"{world.name}, K = {estimator.K}"
     if worst.shows:
         said = f"its mean is not that of {other}: off by {worst.off:.2g} in {worst.tensor!r}"

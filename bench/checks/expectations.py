@@ -199,7 +199,7 @@ def expectation(
             _over(estimator, world, state, Nodes(columns, exact=False), len(columns), objective)
             if rows
             else _one_by_one(estimator, world, state, columns, objective)
-            for columns in _sobol(scalars, effort.randomisations, seed, effort.points if rows else effort.points - 3)
+            for columns in sobol(scalars, effort, seed, fewer=0 if rows else 3)
         ]
     gradients = {name: torch.stack([of[0][name] for of in found]) for name in found[0][0]}
     return Expectation(
@@ -231,12 +231,12 @@ def _product(asks: Sequence[Ask], world: World) -> tuple[Tensor, Tensor] | None:
     return torch.tensor(outcomes).double(), torch.tensor(weight).log()
 
 
-def _sobol(scalars: int, randomisations: int, seed: int, points: int) -> list[Tensor]:
+def sobol(scalars: int, effort: Effort, seed: int, fewer: int = 0) -> list[Tensor]:
     """Independently scrambled Sobol points in the open unit cube, ``[T, scalars]`` each."""
     from scipy.stats.qmc import Sobol
 
-    sources = np.random.SeedSequence(seed).spawn(randomisations)
-    made = [Sobol(scalars, rng=np.random.default_rng(source)).random_base2(points) for source in sources]
+    sources = np.random.SeedSequence(seed).spawn(effort.randomisations)
+    made = [Sobol(scalars, rng=np.random.default_rng(source)).random_base2(effort.points - fewer) for source in sources]
     return [torch.tensor(of).clamp(1e-12, 1 - 1e-12) for of in made]
 
 

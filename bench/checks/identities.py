@@ -132,10 +132,18 @@ def _deterministic(estimator: Estimator, world: World) -> str:
 def _frozen(estimator: Estimator, world: World) -> str:
     """Measuring changes neither the model nor what is remembered."""
     state = experienced(estimator, world)
+    x, generator, training = world.x.clone(), torch.random.get_rng_state(), world.model.training
     kept = [p.detach().clone() for p in [*world.model.parameters(), *_learned(state)]]
     tracked = {name: float(torch.as_tensor(a.value).mean()) for name, a in state.tracked.items()}
     draw(estimator, world, 0, state)
     now = [*world.model.parameters(), *_learned(state)]
+    if not torch.equal(x, world.x):
+        world.x.copy_(x)
+        raise Broken("taking a gradient changed the data in place")
+    if not torch.equal(generator, torch.random.get_rng_state()) or world.model.training != training:
+        torch.random.set_rng_state(generator)
+        world.model.train(training)
+        raise Broken("taking a gradient left torch's global generator, or the model's mode, other than it was")
     if any(not torch.equal(a, b) for a, b in zip(kept, now, strict=True)):
         raise Broken("taking a gradient changed a parameter")
     if any(p.grad is not None for p in world.model.parameters()):
@@ -156,9 +164,13 @@ def _learns(estimator: Estimator, world: World) -> str:
     state = experienced(estimator, world)
     groups = {group: list(module.parameters()) for group, module in state.learned.items()}
     own = {group: members for group, members in groups.items() if group not in named(estimator)}
+    terms = estimator.learn(world.model, world.x, Rng(3, 0), state)
+    if others := sorted(set(terms) - set(groups)):
+        raise Broken(
+            f"learn() has a term of {others[0]!r}: it trains what is learned beside the estimate, and nothing else"
+        )
     if not own:
         return "nothing is learned beside the estimate"
-    terms = estimator.learn(world.model, world.x, Rng(3, 0), state)
     for group, members in own.items():
         if group not in terms or not terms[group].requires_grad:
             raise Broken(f"nothing trains {group!r}: learn() has no term of it that carries a graph")
@@ -278,8 +290,8 @@ def noiseless(estimator: Estimator) -> Claim | None:
 
 
 TESTS: dict[str, Callable[[Estimator, World], str]] = {
+    "frozen": _frozen,  # first, while everything is as it was
     "shapes": _shapes,
-    "frozen": _frozen,
     "deterministic": _deterministic,
     "learns": _learns,
     "rows": _rows,

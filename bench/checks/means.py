@@ -11,15 +11,18 @@ import torch
 from gradiometer.bench.batched import Batch, dense
 from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.differences import at
-from gradiometer.bench.checks.identities import experienced
+from gradiometer.bench.checks.identities import experienced, named
 from gradiometer.bench.checks.targets import objective_of, target
 from gradiometer.bench.checks.trials import Array, Schedule, Source, Verdict, trial
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import one, trainable
-from gradiometer.estimators.base import Estimator
+from gradiometer.bench.training import initial_state, learning_step
+from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import parse
 
+LEARNING, STEPS = 1024, 150  # replicates of a variance, and steps of learning between two of them
+NOISIER = 1.2  # by how much learning may multiply it: the variances are estimates
 CHUNK = 512  # replicates whose gradients are held at once
 
 
@@ -119,9 +122,27 @@ def _trusted(estimator: Estimator, world: World) -> Estimator | None:
     return None
 
 
-def gradients(estimator: Estimator, world: World, layout: Layout, seed: int = 11) -> Source:
+def learning_helps(estimator: Estimator, world: World) -> Iterator[Claim]:
+    """A claim on what is learned beside the estimate: some steps of it leave the inference gradient no noisier."""
+    state = initial_state(estimator, world.model, world.x, 0)
+    learned = {g: m for g, m in trainable(world.model, state).items() if g in set(state.learned) - named(estimator)}
+    if not learned:
+        return
+    layout = Layout.of({"inference": trainable(world.model, State())["inference"]})
+    noise = [float(gradients(estimator, world, layout, 11, state)(range(LEARNING)).var(0).sum())]
+    optimizer = torch.optim.Adam([p for of in learned.values() for p in of.values()], 1e-2)
+    for step in range(STEPS):
+        rng = Rng(0, step, "settle", block=1)
+        learning_step(estimator, world.model, world.x, rng, state, learned, optimizer)
+    noise.append(float(gradients(estimator, world, layout, 11, state)(range(LEARNING)).var(0).sum()))
+    ratio = noise[1] / noise[0]
+    said = f"{STEPS} steps of learning multiply the variance of its inference gradient by {ratio:.2g}"
+    yield Claim("learning", ratio < NOISIER, f"inference, {world.name}, K = {estimator.K}", said, ratio, NOISIER)
+
+
+def gradients(estimator: Estimator, world: World, layout: Layout, seed: int = 11, state: State | None = None) -> Source:
     """A source of an estimator's gradients, flat ``[n, P]``: in batches, or one by one where they cannot be rows."""
-    state = experienced(estimator, world)
+    state = experienced(estimator, world) if state is None else state
     parameters = trainable(world.model, state)
 
     def batched(replicates: range) -> Array:

@@ -10,7 +10,7 @@ import torch
 
 from gradiometer.bench import machine, records, store
 from gradiometer.bench.checks.card import Card
-from gradiometer.bench.checks.gate import Level, check
+from gradiometer.bench.checks.gate import Level, check, failed
 from gradiometer.bench.errors import RequestError
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.registry import load_plugin
@@ -65,8 +65,11 @@ def _cards(estimators: Sequence[Estimator], level: Level, jobs: int, plugins: Se
     pool = ProcessPool(jobs, context=get_context("spawn"), initializer=_begin, initargs=[list(plugins)])
     with pool:
         waiting = [pool.schedule(check, [estimator, level]) for estimator in estimators]
-        for future in waiting:
-            yield future.result()
+        for estimator, future in zip(estimators, waiting, strict=True):
+            try:
+                yield future.result()
+            except Exception as error:  # the process died, or what it found cannot be sent
+                yield failed(estimator, level, f"{type(error).__name__}: {error}")
 
 
 def _begin(plugins: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal, OneHotCategorical
 
-from gradiometer.bench.checks.expectations import Gradients, Objective
+from gradiometer.bench.checks.expectations import Effort, Gradients, Nodes, Objective, sobol
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.models.layers import Chain
 from gradiometer.bench.models.protocol import parameters_of
@@ -42,6 +42,22 @@ def target(world: World, objective: Objective, K: int) -> tuple[Gradients, float
     log_w = world.model.log_joint(world.x, z) - log_q  # [K, T, B]
     value = (_probability(log_weight, log_q) * objective(log_w)).sum(0).mean()
     return _gradient(world, value), float(value.detach())
+
+
+def sampled(world: World, objective: Objective, K: int, effort: Effort, seed: int = 0) -> tuple[Gradients, Tensor]:
+    """Likewise for reparameterised particles too many to enumerate, by randomisation: gradients ``[S, *shape]``, values ``[S]``.
+
+    On the points that an estimator of the same seed gets for its first K particles, so that errors of the rule cancel.
+    """
+    gradients, values = [], []
+    for columns in sobol(K * world.model.guide(world.x).event_shape.numel(), effort, seed):
+        x = world.x.expand(len(columns), *world.x.shape)
+        q = world.model.guide(x)
+        z = Nodes(columns, exact=False).rsample(q, K)
+        value = objective(world.model.log_joint(x, z) - q.log_prob(z)).mean()
+        gradients.append(_gradient(world, value))
+        values.append(value.detach())
+    return {name: torch.stack([of[name] for of in gradients]) for name in gradients[0]}, torch.stack(values)
 
 
 def _probability(log_weight: Tensor, log_q: Tensor) -> Tensor:

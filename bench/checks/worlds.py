@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from gradiometer.bench.models.protocol import offers
+from gradiometer.bench.models.toys import GaussianToy
 from gradiometer.bench.models.vae import VAE, Architecture
 from gradiometer.bench.problems import Problem
 from gradiometer.estimators.base import Estimator
@@ -93,22 +94,22 @@ class Conjugate(nn.Module):
 def small() -> list[World]:
     """Where expectations are exact: of few latents, with few states or smooth enough for quadrature."""
     binary = {"data": 4, "hidden": (3,), "kind": "bernoulli"}
+    categorical = _vae(4, 1.0, data=4, hidden=(3,), latent=(2,), kind="categorical", classes=3)
+    layers = _vae(8, 0.3, data=3, hidden=(3,), latent=(1, 1), between=(2,))
     return [
         World("binary", _vae(5, 1.2, latent=(2,), **binary), _bits(4, 4)),
-        World(
-            "categorical", _vae(4, 1.0, data=4, hidden=(3,), latent=(1,), kind="categorical", classes=3), _bits(4, 4)
-        ),
-        World("gaussian", _vae(6, 0.4, data=3, hidden=(3,), latent=(1,)), _bits(4, 3), accuracy=2e-4, most=3),
+        World("categorical", categorical, _bits(4, 4), most=3),
+        gaussian(),
+        # A prior and a likelihood other than the usual ones, and two latents in one layer.
+        World("shifted prior", _scrambled(GaussianToy(2), 12, 0.5), _bits(4, 2) - 0.3, {2: 16, 4: 16}, 1e-3, 2),
         World("two binary layers", _vae(7, 0.9, latent=(1, 1), between=(2,), **binary), _bits(4, 4)),
-        World(
-            "two gaussian layers",
-            _vae(8, 0.3, data=3, hidden=(3,), latent=(1, 1), between=(2,)),
-            _bits(4, 3),
-            {1: 40, 2: 16, 4: 16},
-            accuracy=1e-3,
-            most=2,
-        ),
+        World("two gaussian layers", layers, _bits(4, 3), {1: 40, 2: 16, 4: 16}, 1e-3, 2),
     ]
+
+
+def gaussian() -> World:
+    """One Gaussian latent."""
+    return World("gaussian", _vae(6, 0.4, data=3, hidden=(3,), latent=(1,)), _bits(4, 3), accuracy=2e-4, most=3)
 
 
 def bit() -> World:
