@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from gradiometer.bench.costs import cost as cost
+    from gradiometer.bench.decomposition import decompose as decompose
     from gradiometer.bench.errors import RequestError as RequestError
     from gradiometer.bench.measurement import Measurement as Measurement
     from gradiometer.bench.measurement import measure as measure
@@ -26,6 +27,7 @@ _HOMES = {  # public name -> the module it lives in
     "Problem": "problems",
     "RequestError": "errors",
     "cost": "costs",
+    "decompose": "decomposition",
     "measure": "measurement",
     "measure_all": "measurement",
     "named_problem": "named",

@@ -109,7 +109,7 @@ class Batch:
         made = []
         for estimator, state in zip(self.estimators, self.states, strict=True):
             assert isinstance(estimator, Weighted)
-            of = estimator.coefficients(estimator.signal(drawn.log_w, x, state))
+            of = estimator.coefficients(estimator.signal(drawn.log_w.clone(), x, state))  # of its own
             made.append(_divided(of, x.shape[1]))
         by_z = _generative(tape, drawn, [of.generative for of in made])
         _inference(tape, drawn, by_z, made)

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from gradiometer.bench.batched import together
+from gradiometer.bench.bias import TRUSTED
 from gradiometer.bench.costs import cost
+from gradiometer.bench.decomposition import decompose, minibatches_of
 from gradiometer.bench.machine import processor
 from gradiometer.bench.measured import row_of
 from gradiometer.bench.measurement import Engine, measure_all
@@ -37,10 +39,10 @@ from gradiometer.estimators.weights import log_mean_exp
 # What can change a number: these modules, the estimator's own and what its words name. Comments do not count.
 FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
 HARNESS = (
-    "bench.gradients", "bench.products", "bench.outer", "bench.calls", "bench.tape", "bench.batched", "bench.moments",
-    "bench.accumulators", "bench.folding", "bench.replicates", "bench.measured", "bench.measurement", "bench.training",
-    "bench.costs", "bench.statistics", "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae",
-    "bench.models.toys", "bench.models.protocol",
+    "bench.formulas", "bench.gradients", "bench.products", "bench.outer", "bench.calls", "bench.tape", "bench.batched",
+    "bench.moments", "bench.accumulators", "bench.folding", "bench.replicates", "bench.bias", "bench.tails", "bench.measured",
+    "bench.measurement", "bench.training", "bench.costs", "bench.statistics", "bench.oneway", "bench.decomposition",
+    "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys", "bench.models.protocol",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EVALUATION_PARTICLES = 64
@@ -51,7 +53,8 @@ class Cell:
     """One measurement; every field can change its numbers.
 
     Of a gradient, `metrics` are those that must be among the rows (all if none is named); `precision`, `budget` and `memory` are as
-    `measure_all` takes them.
+    `measure_all` takes them; `tensors` adds rows of single parameters. With `minibatches` its variance is decomposed, and
+    `replicates` are those of each minibatch.
     """
 
     kind: Literal["gradient", "cost", "training"]
@@ -66,6 +69,8 @@ class Cell:
     precision: float | None = None
     budget: int | None = None
     memory: int = MEMORY
+    tensors: bool = False
+    minibatches: int = 0
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
@@ -76,13 +81,17 @@ class Cell:
 
     def __str__(self) -> str:
         at = f" seed {self.seed}" if self.kind == "training" else ""
-        return f"{self.kind} of {self.estimator} on {self.problem}{at}"
+        over = f" over {self.minibatches} minibatches" if self.minibatches else ""
+        return f"{self.kind} of {self.estimator} on {self.problem}{at}{over}"
 
     @functools.cached_property
     def key(self) -> str:
         """The hash of everything that can change the cell's numbers."""
         decided: dict[str, Any] = {"cell": asdict(self), "torch": torch.__version__}
-        classes = [type(parse(word)) for word in (self.estimator, self.reference) if word]
+        words = [self.estimator, self.reference]
+        if parse(self.estimator).facts.biased:  # and so compared with one of these
+            words += [word for names in TRUSTED.values() for word in names]
+        classes = [type(parse(word)) for word in words if word]
         modules = dict.fromkeys(
             base.__module__ for cls in classes for base in cls.__mro__ if issubclass(base, Estimator)
         )
@@ -95,6 +104,8 @@ class Cell:
             decided["problem"] = [repr(model), dataset.checksum, digest(model, held_out_of(dataset))]
         else:
             decided["problem"] = named_problem(self.problem, self.batch).about["digest"]
+        if self.minibatches:
+            decided["minibatches"] = _drawn(self.problem, self.batch, self.minibatches, self.seed)
         if self.kind in ("cost", "training"):  # seconds belong to a machine
             decided["machine"] = processor()
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
@@ -137,7 +148,7 @@ class Cell:
             "snapshot": snapshot,
             "estimator": self.estimator,
             "code": code_of(estimator),
-            "checked": passed(estimator),
+            "checked": passed(self.estimator, code_of(estimator)),
             "family": estimator.facts.family,
             "K": estimator.K,
             "B": self.batch,
@@ -177,6 +188,8 @@ def attempt_together(cells: Sequence[Cell]) -> list[tuple[list[dict[str, Any]], 
 
 def _gradients(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
     cell = cells[0]
+    if cell.minibatches:
+        return _decompositions(cells)
     measured = measure_all(
         named_problem(cell.problem, cell.batch),
         [parse(c.estimator) for c in cells],
@@ -191,7 +204,32 @@ def _gradients(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
         budget=cell.budget,
         memory=cell.memory,
     )
-    return [m.rows() for m in measured]
+    return [m.rows(tensors=cell.tensors) for m in measured]
+
+
+def _decompositions(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
+    cell = cells[0]
+    found = decompose(
+        named_problem(cell.problem, cell.batch),
+        [parse(c.estimator) for c in cells],
+        minibatches=cell.minibatches,
+        replicates=cell.replicates,
+        seed=cell.seed,
+        engine=cell.engine,
+        device=cell.device,
+        dtype=DTYPES[cell.dtype],
+        memory=cell.memory,
+    )
+    return [of.rows(tensors=cell.tensors) for of in found]
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(problem: str, batch: int, minibatches: int, seed: int) -> str:
+    """A hash of the minibatches themselves: whatever they are drawn from, and however."""
+    found = hashlib.sha256()
+    for x in minibatches_of(named_problem(problem, batch), minibatches, seed):
+        found.update(x.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _cost(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""The command line: ``gradiometer list | run | measure | compare | report | data``. Heavy imports wait for the command."""
+"""The command line: ``gradiometer list | check | run | measure | compare | report | data``. Heavy imports wait for the command."""
 
 from __future__ import annotations
 
@@ -134,7 +134,14 @@ def run(
     "-e", "--estimator", "words", multiple=True, required=True, metavar="WORD", help="As in dreg:K=8; repeatable."
 )
 @click.option("-m", "--metric", "metrics", multiple=True, metavar="NAME", help="Columns of the table; repeatable.")
-@click.option("--replicates", type=click.IntRange(min=4), default=1024, show_default=True)
+@click.option("--replicates", type=click.IntRange(min=4), help="1024 if not given; of each of several minibatches 64.")
+@click.option(
+    "--minibatches",
+    metavar="N",
+    type=click.IntRange(min=4),
+    help="Tell the estimator's variance from that of so many minibatches.",
+)
+@click.option("--tensors", is_flag=True, help="Also of each parameter tensor: its variance, and its share.")
 @click.option(
     "--batch", type=click.IntRange(min=1), default=20, show_default=True, help="Data points in the minibatch."
 )
@@ -151,7 +158,9 @@ def measure(
     problem: str,
     words: tuple[str, ...],
     metrics: tuple[str, ...],
-    replicates: int,
+    replicates: int | None,
+    minibatches: int | None,
+    tensors: bool,
     batch: int,
     seed: int,
     reference: str,
@@ -173,9 +182,10 @@ def measure(
             raise RequestError(f"{name} is measured along training: run a suite with a [[training]] block")
     from gradiometer.bench.cells import Cell
     from gradiometer.bench.named import parse_problem
-    from gradiometer.bench.suite import Memory, Precision, amount
+    from gradiometer.bench.suite import Memory, Precision, amount, replicates_of
 
     _load(plugins)
+    replicates = replicates or replicates_of(minibatches)
     if budget is not None and precision is None:
         raise RequestError("--budget is what a precision may take: give --precision, too")
     if budget is not None and budget < replicates:
@@ -184,10 +194,14 @@ def measure(
         raise RequestError(f"--engine ghost keeps squared norms, which do not tell {lacking[0]}")
     (device,) = _devices(device, several=False)
     parse_problem(problem)
+    if minibatches:
+        asked: dict[str, object] = {f"the metric {name}": name != "variance" for name in metrics}
+        asked |= {"--tensors": tensors, "--precision": precision, "--reference": reference}
+        _must_have_minibatches(problem, batch, asked)
     estimators = [_word(word) for word in words]
     shared: dict[str, Any] = {"problem": problem, "batch": batch, "seed": seed, "device": device}
     of: dict[str, Any] = {"replicates": replicates, "metrics": metrics, "budget": budget, "engine": engine or "auto"}
-    of["reference"] = _word(reference) if reference else ""
+    of |= {"reference": _word(reference) if reference else "", "minibatches": minibatches or 0, "tensors": tensors}
     of |= {"precision": amount("--precision", Precision, precision)} if precision else {}
     of |= {"memory": amount("--memory", Memory, memory)} if memory else {}
     cells = [Cell("gradient", estimator=word, **of, **shared) for word in estimators]
@@ -197,25 +211,59 @@ def measure(
 
 
 @main.command()
+@click.argument("words", nargs=-1, metavar="[WORD|FILE.py ...]")
+@click.option("--all", "everything", is_flag=True, help="The whole catalogue.")
+@click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Estimators side by side.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write each card there, as text and as JSON.")
+@PLUGIN
+def check(
+    words: tuple[str, ...], everything: bool, level: str, jobs: int, out: Path | None, plugins: tuple[str, ...]
+) -> None:
+    """Hold estimators to what they claim, and print a card for each.
+
+    Exit status: 0 all passed, 1 a claim is broken or could not be tested, 2 the request is wrong.
+    """
+    _load(plugins)
+    if everything == bool(words):
+        raise RequestError(
+            "name the estimators to check, or a file of them, or give --all" + (", not both" * everything)
+        )
+    from gradiometer.bench.checks import session, subjects
+
+    chosen = subjects.everything() if everything else subjects.named(words)
+    files = [*plugins, *(word for word in words if word.endswith(".py"))]
+    raise SystemExit(
+        session.run(chosen, "full" if level == "full" else "quick", jobs=jobs, out=out, plugins=files, say=click.echo)
+    )
+
+
+@main.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR...")
 @click.option("--metric", default="variance", show_default=True)
 @click.option("--baseline", required=True, metavar="WORD", help="The estimator that the others are divided by.")
 def compare(folders: tuple[Path, ...], metric: str, baseline: str) -> None:
-    """Ratios to a baseline with 95 % intervals; paired, wherever both estimators saw the same noise."""
+    """Say how each estimator compares with a baseline, with 95 % intervals; paired wherever both saw the same noise.
+
+    Of several folders the first that has the baseline gives it. An estimator measured in several has a line for each, and
+    its later ones are compared with its first, too: before and after. What may not be compared is refused in a sentence:
+    other parameters, data or minibatch size, a redefined metric, other code under one word, times of other machines.
+    """
     import pandas as pd
 
-    from gradiometer.bench import store
-    from gradiometer.bench.compare import ratios, table
+    from gradiometer.bench import store, terminal
+    from gradiometer.bench.compare import ratios
     from gradiometer.bench.metrics import METRICS
 
     if metric not in METRICS:
         raise RequestError(f"unknown metric {metric!r}{nearest(metric, METRICS)}")
-    rows = pd.concat([store.load(folder) for folder in folders], ignore_index=True)
-    rows = rows.drop_duplicates(["cell", "group", "metric", "step"])  # of a cell that several folders hold
+    rows = pd.concat([store.load(folder).assign(folder=str(folder)) for folder in folders], ignore_index=True)
+    key = ["cell", "group", "tensor", "randomness", "metric", "step"]
+    rows = rows.drop_duplicates(key)  # of a cell that several folders hold
     measured = set(rows["estimator"])
     if baseline not in measured and (canonical := _canonical(baseline)) in measured:
         baseline = canonical
-    screen().print(table(ratios(rows, metric, baseline), metric, baseline))
+    screen().print(terminal.verdicts(ratios(rows, metric, baseline), checked=bool(rows["checked"].any())))
 
 
 @main.command()
@@ -287,8 +335,18 @@ def _first_line(thing: Any) -> str:
     return ((thing.__doc__ or "").strip().splitlines() or [""])[0]
 
 
+def _must_have_minibatches(problem: str, batch: int, asked: dict[str, object]) -> None:
+    from gradiometer.bench.decomposition import minibatch
+    from gradiometer.bench.named import named_problem
+    from gradiometer.bench.suite import out_of_place
+
+    if said := out_of_place(asked, "--minibatches"):
+        raise RequestError(said)
+    minibatch(named_problem(problem, batch), seed=0, number=0)
+
+
 def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> None:
-    from gradiometer.bench import machine, store, terminal
+    from gradiometer.bench import breakdown, machine, store, terminal
     from gradiometer.bench.cells import attempt_together
     from gradiometer.bench.efficiency import with_products
     from gradiometer.bench.runner import companies
@@ -314,8 +372,13 @@ def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> No
         store.write_index(out, "measure", "One comparison", "", [cell.key for cell in cells])
     console = screen()
     table = with_products(store.frame(rows))
-    shown = {"metrics": metrics} if metrics else {}
-    console.print(terminal.comparison(table, width=console.width, **shown))
+    if cells[0].minibatches:
+        console.print(breakdown.by_source(table))
+    else:
+        shown = {"metrics": metrics} if metrics else {}
+        console.print(terminal.comparison(table, width=console.width, **shown))
+    if cells[0].tensors:
+        console.print(breakdown.by_tensor(table))
     raise SystemExit(1 if (table["status"] == "failed").any() else 0)
 
 

@@ -18,6 +18,7 @@ _SHOULD = {  # what pydantic finds, in our words
     "float_type": "should be a number",
     "finite_number": "should be a finite number",
     "string_type": "should be text, in quotes",
+    "bool_type": "should be true or false",
     "too_short": "should not be empty",
     "greater_than": "should be more than {gt:g}",
     "greater_than_equal": "should be at least {ge}",

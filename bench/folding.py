@@ -10,13 +10,15 @@ from torch import Tensor
 
 from gradiometer.bench.accumulators import Accumulator, Projections, accumulator
 from gradiometer.bench.gradients import Parameters
-from gradiometer.bench.moments import Array, Moments, shards, zero
+from gradiometer.bench.moments import Array, Moments, number_of, shards, zero
 from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import BLOCK
 from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
 
 PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
+FINE = 2**16  # coordinates of a gradient up to which finer shards are four times as many; beyond, twice
+SMALL = 2**12  # coordinates of a gradient up to which all of the second half are: it costs next to nothing
 
 
 class Failure(RuntimeError):
@@ -32,6 +34,7 @@ class Folding:
         replicates: how many there are at first; the second half of them is projected on directions from the first.
         traces: keep squared norms in the place of every coordinate's second moment.
         means: mean gradients by parameter, in the place of the estimators' own over the first half.
+        finer: in more shards, whose errors are more precise.
     """
 
     def __init__(
@@ -42,10 +45,12 @@ class Folding:
         *,
         traces: bool = False,
         means: Mapping[str, Tensor] | None = None,
+        finer: bool = False,
     ) -> None:
         self.estimators, self.parameters, self.traces, self.means = list(estimators), list(parameters), traces, means
         self.replicates = 0
-        self.number = len(shards(replicates))
+        size = max(sum(p.numel() for members in of.values() for p in members.values()) for of in parameters)
+        self.number = number_of(replicates, (4 if size <= FINE else 2) if finer else 1)
         self.sums: dict[str, Accumulator] = {}
         self.parts: list[dict[str, Part]] = []
         self._towards: dict[str, Tensor] = {}
@@ -119,9 +124,10 @@ class Folding:
                     elif name in self.means:
                         places[name].copy_(self.means[name].reshape(places[name].shape))
                 _normalize(list(places.values()))
+        small = sum(accumulator.shape.numel() for accumulator in self.sums.values()) <= SMALL
         for number in range(self.half, self.number):
             begun = len(self._shards[number][0])
-            self._to_project[number] = min(begun, max(PROJECTED, begun // 8))
+            self._to_project[number] = begun if small else min(begun, max(PROJECTED, begun // 8))
 
     def moments(self, estimator: int) -> dict[str, Moments]:
         """By parameter.

@@ -6,23 +6,26 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradiometer.bench import metrics
+from gradiometer.bench import bias, metrics
 from gradiometer.bench.accumulators import Cancelled
 from gradiometer.bench.folding import Failure, Folding
 from gradiometer.bench.gradients import Counted, trainable
-from gradiometer.bench.measured import Measurement, of_moments
+from gradiometer.bench.measured import Compared, Measurement, of_moments
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.products import full_precision
 from gradiometer.bench.replicates import MEMORY, Engine, Plan, Subject, active_units, draws, looped, plans
 from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import settled
-from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK
 from gradiometer.estimators.registry import nearest
+
+AIM = 0.6  # of the replicates that seem to be needed, before a look at whether they are
 
 
 def measure(
@@ -95,7 +98,9 @@ def measure_all(
         seed: of the noise; the same seed gives the same noise to every estimator.
         engine: "rows" batches replicates, "ghost" too and keeps squared norms alone, "loop" takes one at a time, "auto" chooses.
         device, dtype: where and how precisely the gradients are computed and added up; results are float64.
-        reference: the estimator whose mean gradient is the direction of `cosine` and `directional_snr`; each one's own if None.
+        reference: the estimator whose mean gradient is the direction of `cosine` and `directional_snr`, and which every estimator
+            of the same objective is compared with. If None, directions are each one's own, and what is declared biased is
+            compared with a trusted unbiased estimator of its objective, where there is one. A comparison is one pass more.
         only: the metrics that are wanted; all if none is named. Without those of single coordinates "auto" takes "ghost", where
             that is faster: from 2 to 32 rows in a replicate.
         precision: go on until every interval of a variance is at most this wide on either side, relative to the variance.
@@ -125,35 +130,86 @@ def measure_all(
     with full_precision():
         means = None
         if reference is not None:  # measured on noise of its own
-            trusted = measure(
-                problem,
-                reference,
-                replicates=replicates,
-                seed=seed + 1,
-                device=device,
-                dtype=dtype,
-                memory=memory,
-                chunk=chunk,
-            )
+            options: dict[str, Any] = {
+                "replicates": replicates,
+                "device": device,
+                "dtype": dtype,
+                "memory": memory,
+                "chunk": chunk,
+            }
+            trusted = measure(problem, reference, seed=seed + 1, only=["gradient_norm"], **options)
             means = {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
-        subjects = []
-        for estimator in estimators:
-            state = settled(estimator, model, x, seed)
-            subjects.append(Subject(estimator, counted, x, state, trainable(model, state)))
-        asked = _Asked(problem, replicates, seed, means, precision, budget or 100 * replicates, units)
+        subjects = [_subject(estimator, counted, x, seed) for estimator in estimators]
+        ways = _Ways(engine, seed, memory, chunk)
+        budget = budget or 100 * replicates
+        asked = _Asked(problem, replicates, seed, means, precision, budget, units, finer=precision is not None)
+        traces = bool(only) and not set(only) & set(metrics.OF_COORDINATES)
+        found = ways.carry_out(asked, subjects, traces)
+        if bias.wanted(only):
+            wanted = [bias.comparisons(problem, estimator, reference) for estimator in estimators]
+            found = _compared(asked, ways, subjects, found, wanted)
+    return found
+
+
+def _subject(estimator: Estimator, model: Counted, x: Tensor, seed: int) -> Subject:
+    state = settled(estimator, model._model, x, seed)
+    return Subject(estimator, model, x, state, trainable(model._model, state))
+
+
+def _compared(
+    asked: _Asked,
+    ways: _Ways,
+    subjects: Sequence[Subject],
+    measured: Sequence[Measurement],
+    wanted: Sequence[Sequence[bias.Comparison]],
+) -> list[Measurement]:
+    """The measurements with what their bias is told by, from a further pass over the same replicates."""
+    known = {str(subject.estimator): subject for subject in subjects}
+    found = list(measured)
+    for replicates in sorted({m.replicates for m, of in zip(measured, wanted, strict=True) if of}):
+        of = [(i, c) for i, m in enumerate(measured) if m.replicates == replicates for c in wanted[i]]
+        extra: dict[str, Subject] = {}
+        for i, c in of:
+            model, x = subjects[i].model, subjects[i].x
+            parameters = trainable(model._model, State())
+            word = str(c.reference)
+            trusted = known.setdefault(word, known.get(word) or _subject(c.reference, model, x, asked.seed))
+            extra[word] = replace(trusted, parameters=parameters)
+            state = bias.joined(subjects[i].state, trusted.state)
+            extra[str(c.difference)] = Subject(c.difference, model, x, state, parameters)
+        # Nothing but squared norms is asked of them.
+        again = replace(asked, means=None, precision=None, upto=replicates)
+        made = dict(zip(extra, ways.carry_out(again, list(extra.values()), traces=True), strict=True))
+        for i, c in of:
+            new = Compared(c.reference, made[str(c.difference)].moments, made[str(c.reference)].moments)
+            found[i] = replace(found[i], compared={**found[i].compared, **dict.fromkeys(c.groups, new)})
+    return found
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """How passes may be carried out."""
+
+    engine: Engine
+    seed: int
+    memory: int
+    chunk: int | None
+
+    def carry_out(self, asked: _Asked, subjects: Sequence[Subject], traces: bool) -> list[Measurement]:
+        """Measure, whatever becomes of the first plan; with squared norms alone if `traces` are enough, where that is faster."""
         found: dict[int, Measurement] = {}
-        waiting = plans(subjects, engine, seed, memory, chunk)
-        if engine == "auto" and only and not set(only) & set(metrics.OF_COORDINATES):
+        waiting = plans(subjects, self.engine, self.seed, self.memory, self.chunk)
+        if self.engine == "auto" and traces:
             waiting = [replace(p, engine="ghost") if p.gains_from_traces else p for p in waiting]
         while waiting:
             plan = waiting.pop(0)
             try:
                 made = asked.of(plan)
             except (Cancelled, NotRows, torch.OutOfMemoryError) as error:
-                waiting = [*_another_way(plan, error, engine), *waiting]
+                waiting = [*another_way(plan, error, self.engine), *waiting]
             else:
                 found |= {id(subject): m for subject, m in zip(plan.subjects, made, strict=True)}
-    return [found[id(subject)] for subject in subjects]
+        return [found[id(subject)] for subject in subjects]
 
 
 def _must_make_sense(engine: Engine, only: Sequence[str], precision: float | None) -> None:
@@ -165,7 +221,7 @@ def _must_make_sense(engine: Engine, only: Sequence[str], precision: float | Non
         raise ValueError(f"a precision is a part of the value, between 0 and 1, not {precision:g}")
 
 
-def _another_way(plan: Plan, error: Exception, engine: Engine) -> list[Plan]:
+def another_way(plan: Plan, error: Exception, engine: Engine) -> list[Plan]:
     """Plans in the place of one that could not be carried out.
 
     Raises:
@@ -193,61 +249,83 @@ class _Asked:
     precision: float | None
     budget: int
     units: int | None
+    upto: int | None = None  # replicates, in the place of a precision
+    finer: bool = False  # shards, whose errors are precise enough to stop by
 
     def of(self, plan: Plan) -> list[Measurement]:
         """Measure the estimators of a plan together."""
         parameters = [s.parameters for s in plan.subjects]
         estimators, traces = [s.estimator for s in plan.subjects], plan.engine == "ghost"
-        folding = Folding(estimators, parameters, self.replicates, traces=traces, means=self.means)
+        folding = Folding(estimators, parameters, self.replicates, traces=traces, means=self.means, finer=self.finer)
         counted = plan.subjects[0].model
         before = counted.evaluations
         self._fold(plan, folding, range(self.replicates))
         found: dict[int, Measurement] = {}
-        while True:
-            more = self._further(folding)
-            for position, subject in enumerate(plan.subjects):
-                if position not in found and ((met := self._precise(folding, position)) or not more):
-                    evaluations = (counted.evaluations - before) / (folding.replicates * len(self.problem.x))
-                    found[position] = Measurement(
-                        self.problem,
-                        subject.estimator,
-                        folding.replicates,
-                        self.seed,
-                        folding.moments(position),
-                        {group: tuple(members) for group, members in subject.parameters.items()},
-                        folding.projections(position),
-                        folding.samples(position),
-                        evaluations,
-                        self.units,
-                        plan.engine,
-                        plan.chunk,
-                        plan.note,
-                        met if self.precision else None,
-                    )
-            if len(found) == len(plan.subjects):
-                return [found[position] for position in range(len(found))]
-            self._fold(plan, folding, folding.extend(more))
+        looks = dict.fromkeys(range(len(plan.subjects)), 0)  # at how many replicates each is looked at next
+        while looks:
+            spent = not self._step(folding)
+            for position in [p for p, at in looks.items() if spent or folding.replicates >= at]:
+                need = self._need(folding, position)
+                looks[position] = math.ceil(AIM * need) if math.isfinite(need) else folding.replicates
+                if (met := need <= folding.replicates) or spent:
+                    del looks[position]
+                    each = (counted.evaluations - before) / (folding.replicates * len(self.problem.x))
+                    found[position] = self._measurement(plan, folding, position, each, met)
+            if looks:
+                self._go_on(plan, folding, min(looks.values()))
+        return [found[position] for position in range(len(found))]
+
+    def _measurement(self, plan: Plan, folding: Folding, position: int, evaluations: float, met: bool) -> Measurement:
+        """Of an estimator of the plan, as folded so far."""
+        subject = plan.subjects[position]
+        return Measurement(
+            self.problem,
+            subject.estimator,
+            folding.replicates,
+            self.seed,
+            folding.moments(position),
+            {group: tuple(members) for group, members in subject.parameters.items()},
+            folding.projections(position),
+            folding.samples(position),
+            evaluations,
+            self.units,
+            plan.engine,
+            plan.chunk,
+            plan.note,
+            met if self.precision else None,
+            self.means is not None,
+        )
 
     def _fold(self, plan: Plan, folding: Folding, replicates: range) -> None:
         for at, made in draws(plan, self.seed, replicates):
             folding.add(made, at)
 
-    def _precise(self, folding: Folding, position: int) -> bool:
-        """Whether the variances of an estimator are as precise as asked, in every group."""
+    def _need(self, folding: Folding, position: int) -> float:
+        """How many replicates the variances of an estimator take to be as precise as asked, in every group, by what is seen."""
+        if self.upto is not None:
+            return self.upto
         if self.precision is None:
-            return True
-        moments = folding.moments(position)
+            return 0
+        moments, needs = folding.moments(position), [0.0]
         for members in folding.parameters[position].values():
             value = of_moments("variance", [moments[name] for name in members])
-            if value.value > 0 and not value.high - value.value <= self.precision * value.value:  # the wider side
-                return False
-        return True
+            if value.value > 0:
+                width = math.log(value.high / value.value)  # to the wider side
+                needs.append(folding.replicates * (width / math.log1p(self.precision)) ** 2)
+        return max((math.inf if math.isnan(need) else need) for need in needs)
 
-    def _further(self, folding: Folding) -> int:
-        """How many replicates more before the next look: a fixed schedule, so that no look depends on what was seen."""
+    def _go_on(self, plan: Plan, folding: Folding, wanted: float) -> None:
+        """Take steps until there are as many replicates as wanted: one at least."""
+        while step := self._step(folding):
+            self._fold(plan, folding, folding.extend(step))
+            if folding.replicates >= wanted:
+                return
+
+    def _step(self, folding: Folding) -> int:
+        """How many replicates more: a fixed schedule, so that the shards of as many replicates are always the same."""
         unit = folding.number * (BLOCK if self.replicates >= 2 * BLOCK * folding.number else 1)
         left = max(0, self.budget - folding.replicates) // unit
-        return min(left, math.ceil(folding.replicates / 4 / unit)) * unit
+        return min(left, math.ceil(folding.replicates / 8 / unit)) * unit
 
 
 __all__ = ["Engine", "Measurement", "measure", "measure_all"]

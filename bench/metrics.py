@@ -1,103 +1,19 @@
 """Every quantity we report, defined once: formula, unit, direction, version. No torch here, so that reports need none.
 
-All gradients are ascent on an objective, of the mean over the minibatch, at fixed parameters and a fixed minibatch. ``mean``
-and ``var`` are each coordinate's over ``n`` replicates; sums and means run over the coordinates of a parameter group.
+All gradients are ascent on an objective, of the mean over the minibatch, at fixed parameters and a fixed minibatch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from gradiometer.bench import formulas
+from gradiometer.bench.formulas import Square
 
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over coordinates of the moments of a gradient, each coordinate's over ``n`` replicates.
-
-    Attributes:
-        n: replicates.
-        squared_mean: of ``mean^2``.
-        variance: of ``var``.
-        noisy: how many coordinates have ``var > 0``; the next two are over these.
-        signal: of ``|mean| / sqrt(var)``.
-        squared_signal: of ``mean^2 / var``.
-    """
-
-    n: float
-    squared_mean: float
-    variance: float
-    noisy: float
-    signal: float
-    squared_signal: float
-
-    def __add__(self, other: Sums) -> Sums:
-        """Of both sets of coordinates."""
-        return Sums(self.n, *(a + b for a, b in zip(astuple(self)[1:], astuple(other)[1:], strict=True)))
-
-
-def gradient_norm(g: Sums) -> float:
-    """Euclidean norm of the mean gradient, ``sqrt(max(0, sum mean^2 - sum var / n))``: the noise of the mean is taken out."""
-    return math.sqrt(max(0.0, g.squared_mean - g.variance / g.n))
-
-
-def variance(g: Sums) -> float:
-    """Trace of the covariance of one gradient, ``sum var``: Monte-Carlo variance of the estimator alone."""
-    return g.variance
-
-
-def snr(g: Sums) -> float:
-    """Signal-to-noise ratio, ``mean over coordinates of |mean| / sqrt(var)``; coordinates without noise are left out.
-
-    A gradient of mean zero still shows ``sqrt(2 / (pi n))``, its floor (Rainforth et al. 2018, with the floor told).
-    """
-    return g.signal / g.noisy if g.noisy else math.nan
-
-
-def snr_floor(g: Sums) -> float:
-    """What `snr` shows of a gradient whose mean is exactly zero: ``sqrt(2 / pi) / sqrt(n)``. A value near it is noise."""
-    return math.sqrt(2 / (math.pi * g.n))
-
-
-def snr_corrected(g: Sums) -> float:
-    """Root mean square over coordinates of the signal-to-noise ratio with its floor taken out.
-
-    ``sqrt(max(0, c mean over coordinates of mean^2 / var - 1 / n))``, ``c = (n - 3) / (n - 1)``: the square is unbiased
-    before it is cut at zero.
-    """
-    if not g.noisy or g.n <= 3:
-        return math.nan
-    squared = g.squared_signal / g.noisy * (g.n - 3) / (g.n - 1)
-    return math.sqrt(max(0.0, squared - 1 / g.n))
-
-
-def directional_snr(along: Array, squared: Array) -> float:
-    """Signal along the mean gradient's direction against everything across it, ``mean of |g.u| / |g - (g.u) u|``.
-
-    ``u`` is the reference direction of `cosine`, and the ratio is averaged over replicates of the second half
-    (Rainforth et al. 2018).
-    """
-    across = np.sqrt(np.maximum(squared - along**2, 0.0))
-    if not (across > 0).all():
-        return math.nan
-    return float((np.abs(along) / across).mean())
-
-
-def cosine(along: Array, squared: Array) -> float:
-    """Cosine between a single gradient and the reference direction, averaged over replicates.
-
-    The reference is the estimator's own mean over the first half of the replicates, or a trusted estimator's where one is named.
-    """
-    norm = np.sqrt(squared)
-    if not (norm > 0).all():
-        return math.nan
-    return float((along / norm).mean())
+Scale = Literal["linear", "log", "square", "root"]
 
 
 @dataclass(frozen=True)
@@ -111,9 +27,11 @@ class Metric:
         better: "lower", "higher" or "" where neither is better.
         reduction: how coordinates, replicates or data become one number.
         doc: the definition.
-        positive: intervals are made on the log scale.
+        scale: what the interval is made on: "log" for a positive quantity; "square" for an estimate of a square that may be
+            negative, and "root" for its root, which is cut at zero.
         version: raised when the definition changes.
         of: the function of the moments, where it is one.
+        square: the function that gives the `Square`, on the scales that need it.
     """
 
     name: str
@@ -122,30 +40,96 @@ class Metric:
     better: str
     reduction: str
     doc: str
-    positive: bool = False
+    scale: Scale = "linear"
     version: int = 1
     of: Callable[..., float] | None = field(default=None, compare=False)
+    square: Callable[..., Square] | None = field(default=None, compare=False)
+
+    @property
+    def positive(self) -> bool:
+        """Whether intervals are made on the log scale."""
+        return self.scale == "log"
 
 
 def _of(
-    function: Callable[..., float], label: str, unit: str, better: str, reduction: str, positive: bool = True
+    function: Callable[..., float],
+    label: str,
+    unit: str,
+    better: str,
+    reduction: str,
+    scale: Scale = "log",
+    *,
+    square: Callable[..., Square] | None = None,
+    version: int = 1,
 ) -> Metric:
     doc = " ".join((function.__doc__ or "").split())
-    return Metric(function.__name__, label, unit, better, reduction, doc, positive, of=function)
+    return Metric(function.__name__, label, unit, better, reduction, doc, scale, version, of=function, square=square)
 
 
+_NORM, _SQUARE = "nats / parameter", "(nats / parameter)^2"
 _MOMENTS = (
-    _of(gradient_norm, "norm of the mean gradient", "nats / parameter", "", "Euclidean norm", positive=False),
-    _of(variance, "gradient variance", "(nats / parameter)^2", "lower", "trace"),
-    _of(snr, "signal-to-noise ratio", "1", "higher", "mean over coordinates"),
-    _of(snr_floor, "floor of the signal-to-noise ratio", "1", "", "exact", positive=False),
     _of(
-        snr_corrected, "signal-to-noise ratio, floor removed", "1", "higher", "root mean square over coordinates", False
+        formulas.gradient_norm,
+        "norm of the mean gradient",
+        _NORM,
+        "",
+        "Euclidean norm",
+        "root",
+        square=formulas.squared_norm,
+        version=2,
+    ),
+    _of(formulas.variance, "gradient variance", _SQUARE, "lower", "trace"),
+    _of(formulas.snr, "signal-to-noise ratio", "1", "higher", "mean over coordinates"),
+    _of(formulas.snr_floor, "floor of the signal-to-noise ratio", "1", "", "exact", "linear"),
+    _of(
+        formulas.snr_corrected,
+        "signal-to-noise ratio, floor removed",
+        "1",
+        "higher",
+        "root mean square over coordinates",
+        "root",
+        square=formulas.squared_ratio,
+        version=2,
     ),
 )
 _PROJECTIONS = (
-    _of(directional_snr, "directional signal-to-noise ratio", "1", "higher", "mean over replicates"),
-    _of(cosine, "cosine to the reference gradient", "1", "higher", "mean over replicates", positive=False),
+    _of(
+        formulas.directional_snr, "directional signal-to-noise ratio", "1", "higher", "mean over replicates", version=2
+    ),
+    _of(formulas.cosine, "cosine to the reference gradient", "1", "higher", "mean over replicates", "linear"),
+)
+_BIAS = (
+    _of(
+        formulas.bias_squared,
+        "squared bias",
+        _SQUARE,
+        "lower",
+        "squared Euclidean norm",
+        "square",
+        square=formulas.squared_norm,
+    ),
+    _of(formulas.bias, "bias", _NORM, "lower", "Euclidean norm", "root", square=formulas.squared_norm),
+    _of(
+        formulas.relative_bias,
+        "bias relative to the gradient",
+        "1",
+        "lower",
+        "ratio of Euclidean norms",
+        "root",
+        square=formulas.squared_relative_bias,
+    ),
+    _of(formulas.mse, "mean squared error", _SQUARE, "lower", "trace and squared Euclidean norm"),
+)
+_TAILS = (
+    Metric(
+        "pareto_k",
+        "tail shape of the gradient",
+        "1",
+        "lower",
+        "largest fifth of replicates, or fewer",
+        "Shape k of a generalised Pareto distribution fitted to the largest distances ``|g - mean|`` of single gradients (Zhang & "
+        "Stephens 2009): moments of an order below 1 / k exist. Below 1/2 there is a variance, below 1/4 its error bar holds.",
+    ),
 )
 _VALUES = (
     Metric(
@@ -205,7 +189,7 @@ _COSTS = (
         "lower",
         "median",
         "Wall-clock time of one gradient as a training step takes it: surrogate, backward, no optimiser.",
-        True,
+        "log",
     ),
     Metric(
         "peak_memory",
@@ -222,7 +206,7 @@ _COSTS = (
         "higher",
         "median",
         "The inverse of seconds_per_gradient.",
-        True,
+        "log",
     ),
     Metric(
         "particles_per_second",
@@ -231,7 +215,7 @@ _COSTS = (
         "higher",
         "median",
         "Evaluations of the joint per second of gradient computation.",
-        True,
+        "log",
     ),
     Metric(
         "flops_per_second",
@@ -240,7 +224,7 @@ _COSTS = (
         "higher",
         "median",
         "Floating-point operations of matrix products per second; against the machine's peak, its utilisation.",
-        True,
+        "log",
     ),
     Metric(
         "variance_seconds",
@@ -249,7 +233,7 @@ _COSTS = (
         "lower",
         "product",
         "Variance times seconds per gradient: what a fixed time budget buys; halving it halves the time to a given error.",
-        True,
+        "log",
     ),
     Metric(
         "variance_evaluations",
@@ -258,7 +242,7 @@ _COSTS = (
         "lower",
         "product",
         "Variance times evaluations of the joint per datum: cost without the machine.",
-        True,
+        "log",
     ),
 )
 _TRAINING = (
@@ -280,6 +264,10 @@ OF_COORDINATES = (
     "snr_floor",
     "snr_corrected",
 )  # these need the variance of every coordinate, not the trace alone
+OF_VARIANCE = ("variance", "snr", "snr_corrected", "directional_snr", "mse")  # their intervals need light tails
 PROJECTION = MappingProxyType({m.name: m for m in _PROJECTIONS})
+BIAS = MappingProxyType({m.name: m for m in _BIAS})
 COST = MappingProxyType({m.name: m for m in _COSTS})
-METRICS = MappingProxyType({m.name: m for m in (*_VALUES, *_MOMENTS, *_PROJECTIONS, *_COSTS, *_TRAINING)})
+METRICS = MappingProxyType(
+    {m.name: m for m in (*_VALUES, *_MOMENTS, *_PROJECTIONS, *_TAILS, *_BIAS, *_COSTS, *_TRAINING)}
+)

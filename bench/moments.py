@@ -15,12 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradiometer.bench.metrics import Sums
+from gradiometer.bench.formulas import Sums
 from gradiometer.estimators.noise import BLOCK
 
 SHARDS = 16
 TILE = 2**16  # elements of a temporary that stays in the cache nearest the processor
 Array = NDArray[np.float64]
+
+
+def number_of(replicates: int, times: int = 1) -> int:
+    """How many shards: so many times `SHARDS`; of few replicates fewer, but 4, so that each half of them has one to leave out."""
+    return min(times * SHARDS, max(4, replicates // 2))
 
 
 def shards(replicates: int, number: int | None = None) -> list[range]:
@@ -31,7 +36,7 @@ def shards(replicates: int, number: int | None = None) -> list[range]:
     """
     if replicates < 4:
         raise ValueError(f"an error bar needs at least 4 replicates, not {replicates}")
-    number = number or min(SHARDS, max(4, replicates // 2))  # 4, so that each half of them has one to leave out
+    number = number or number_of(replicates)
     unit = BLOCK if replicates >= 2 * BLOCK * number else 1
     edges = [round(i * replicates / number / unit) * unit for i in range(number)] + [replicates]
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]

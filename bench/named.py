@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -131,23 +132,36 @@ def named_problem(word: str, batch: int = 20) -> Problem:
         torch.Size([5, 3])
     """
     parts = parse_problem(word)
+    take: Callable[[Tensor, torch.Generator], Tensor]
     if parts.name in TOYS:
         model, data = configured(TOYS[parts.name], parts.name, parts.settings).build()
         about = {"model": parts.name, "dataset": "synthetic", "snapshot": ""}
         x = data.repeat(batch, 1) if len(data) == 1 else data[:batch]
-        size, held_out = len(data), None
+        size, held_out, take = len(data), None, partial(_rows, data)
     else:
         reference = REFERENCES[parts.name]
         model, dataset = fresh(parts.name, reference.recipe.seed)
         _restore(model, parts, reference, dataset)
         generator = torch.Generator().manual_seed(MINIBATCH_SEED)
-        x = dataset.batch(torch.randperm(len(dataset.train), generator=generator)[:batch], generator)
-        size, held_out = len(dataset.train), held_out_of(dataset)
+        size, held_out, take = len(dataset.train), held_out_of(dataset), dataset.batch
+        x = _drawn(take, size, batch, generator)
         about = {"model": parts.name, "dataset": dataset.name, "snapshot": parts.snapshot}
     if len(x) < batch:
         raise RequestError(f"{parts.name} has {len(x)} data points, fewer than a batch of {batch}")
     about["digest"] = digest(model, x, held_out)
-    return Problem(model, x, size, word, held_out, about)
+    minibatch = partial(_drawn, take, size, batch) if size > 1 else None
+    return Problem(model, x, size, word, held_out, about, minibatch)
+
+
+def _drawn(
+    take: Callable[[Tensor, torch.Generator], Tensor], size: int, batch: int, generator: torch.Generator
+) -> Tensor:
+    """A minibatch drawn without replacement, binarised anew where training does so."""
+    return take(torch.randperm(size, generator=generator)[:batch], generator)
+
+
+def _rows(data: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
+    return data[indices]
 
 
 def fresh(name: str, seed: int) -> tuple[VAE, Dataset]:

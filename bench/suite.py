@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
@@ -120,7 +120,9 @@ class GradientBlock(Block):
 
     problems: Annotated[list[ProblemWord], Some]
     estimators: Annotated[list[str], Some]
-    replicates: Annotated[int, Field(ge=4)] = 1024
+    replicates: Annotated[int, Field(ge=4)] | None = None  # 1024, or 64 of each of several minibatches
+    minibatches: Annotated[int, Field(ge=4)] | None = None
+    tensors: bool = False
     reference: EstimatorWord = ""
     engine: Literal["auto", "rows", "ghost", "loop"] = "auto"
     metrics: list[MetricName] = []
@@ -133,13 +135,31 @@ class GradientBlock(Block):
     def _makes_sense(self) -> GradientBlock:
         if self.budget is not None and self.precision is None:
             raise ValueError("a budget is what a precision may take: give precision, too")
-        if self.budget is not None and self.budget < self.replicates:
-            raise ValueError(
-                f"a budget of {self.budget} is less than the {self.replicates} replicates measured at first"
-            )
+        if self.budget is not None and self.budget < self.measured:
+            raise ValueError(f"a budget of {self.budget} is less than the {self.measured} replicates measured at first")
         if self.engine == "ghost" and (lacking := [name for name in self.metrics if name in OF_COORDINATES]):
             raise ValueError(f"the engine ghost keeps squared norms, which do not tell {lacking[0]}")
+        asked: dict[str, object] = {f"the metric {name}": name != "variance" for name in self.metrics}
+        asked |= {"tensors": self.tensors, "precision": self.precision, "reference": self.reference}
+        if self.minibatches and (said := out_of_place(asked)):
+            raise ValueError(said)
         return self
+
+    @property
+    def measured(self) -> int:
+        """Replicates at first, of each minibatch where there are several."""
+        return self.replicates or replicates_of(self.minibatches)
+
+
+def replicates_of(minibatches: int | None) -> int:
+    """Replicates where no number is given: of the one minibatch, or of each."""
+    return 64 if minibatches else 1024
+
+
+def out_of_place(asked: Mapping[str, object], minibatches: str = "minibatches") -> str | None:
+    """Which of the keys that are set goes with measurements on one minibatch alone, in a sentence, or None."""
+    key = next((name for name, value in asked.items() if value), None)
+    return f"{key} goes with one minibatch: leave it out, or {minibatches}" if key else None
 
 
 class CostBlock(Block):
@@ -189,7 +209,9 @@ class Suite(BaseModel):
         shared: dict[str, Any] = {"device": device, "threads": self.threads}
         for g in self.gradient:
             of: dict[str, Any] = {
-                "replicates": g.replicates,
+                "replicates": g.measured,
+                "minibatches": g.minibatches or 0,
+                "tensors": g.tensors,
                 "reference": g.reference,
                 "engine": g.engine,
                 "metrics": tuple(g.metrics),

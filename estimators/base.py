@@ -71,6 +71,13 @@ class Facts:
     replicates_as_rows: bool = True
     cite: str = ""
 
+    def __post_init__(self) -> None:
+        for claim in ("biased", "needs", "consistent", "rescaled", "variants"):
+            if isinstance(getattr(self, claim), str):
+                raise ValueError(
+                    f"{claim} of {self.name} is a tuple: write ({getattr(self, claim)!r},), with its comma"
+                )
+
     def objective_of(self, group: str) -> str:
         """The name of the objective that `group` ascends; empty for a group the claims do not know."""
         return self.objective if isinstance(self.objective, str) else self.objective.get(group, "")
@@ -151,7 +158,12 @@ class Estimator(ABC):
 
     def objective(self, log_w: Tensor) -> Tensor:
         """The value of the objective from the log weights ``[K, *batch]``; ``[*batch]``."""
-        return OBJECTIVES[self.facts.objective_of("generative")](log_w)
+        name = self.facts.objective_of("generative")
+        if name not in OBJECTIVES:
+            raise ValueError(
+                f"{self.facts.name} ascends {name!r}, which is none of {', '.join(OBJECTIVES)}: override objective(log_w)"
+            )
+        return OBJECTIVES[name](log_w)
 
 
 @dataclass(frozen=True)
@@ -189,7 +201,7 @@ class Weighted(Estimator):
         z = rng.rsample(q, self.K) if pathwise else rng.sample(q, self.K)  # [K, *batch, *event]
         log_p, log_q = model.log_joint(x, z), q.log_prob(z)  # [K, *batch]
         log_w = (log_p - log_q).detach()
-        columns = self.coefficients(self.signal(log_w, x, state))
+        columns = self.coefficients(self.signal(log_w.clone(), x, state))  # of its own: log_w is reported
         a, b, c = columns.generative, columns.pathwise, columns.score
         # The generative term is differentiated by theta alone, so z need not be detached in it.
         terms = {"generative": (a * log_p).sum(0), "inference": 0.0 * log_q.sum(0)}

@@ -107,7 +107,7 @@ def test_a_wrong_command_is_one_sentence(
     [
         (["-e", "drge"], "unknown estimator 'drge'; did you mean 'dreg'?"),
         (["-e", "DReG"], "unknown estimator 'DReG'; did you mean 'dreg'?"),
-        (["-e", ""], "unknown estimator ''; known: ciwae, dreg, iwae, "),
+        (["-e", ""], "unknown estimator ''; known: ciwae, concrete, disarm, "),
         (["-e", "dreg:"], "'dreg:' ends in its colon: write dreg, or options after it, as in dreg:K=8"),
         (["-e", "dreg:K"], "'K' in dreg:K should read key=value"),
         (["-e", "dreg:K="], "K of dreg should be a whole number, not ''"),

@@ -215,6 +215,36 @@ def test_the_minibatch_is_fixed_and_binary(quick: Path) -> None:
     }
 
 
+def test_minibatches_are_drawn_from_the_data_without_replacement() -> None:
+    problem = named_problem("gaussian-toy:units=2,data=7", 3)
+    everything = {tuple(row.tolist()) for row in named_problem("gaussian-toy:units=2,data=7", 7).x}
+    seen = set()
+    for seed in range(20):
+        x = problem.minibatch(torch.Generator().manual_seed(seed))
+        rows = {tuple(row.tolist()) for row in x}
+        assert x.shape == (3, 2)
+        assert len(rows) == 3
+        seen |= rows
+    assert seen == everything
+    generator = torch.Generator().manual_seed(0)
+    assert not torch.equal(problem.minibatch(generator), problem.minibatch(generator))
+
+
+def test_grey_levels_are_binarised_anew_with_every_minibatch(quick: Path) -> None:
+    problem = named_problem("digits-vae@init", 1297)  # all of the data
+    generator = torch.Generator().manual_seed(named.MINIBATCH_SEED)
+    assert torch.equal(problem.minibatch(generator), problem.x)
+    again = problem.minibatch(generator)
+    assert set(again.unique().tolist()) == {0.0, 1.0}
+    ink, other = (x.sum(1).sort().values for x in (problem.x, again))
+    assert not torch.equal(ink, other)
+
+
+@pytest.mark.parametrize("word", ["bernoulli-toy", "function-toy", "gaussian-toy:data=1"])
+def test_one_data_point_makes_no_other_minibatch(word: str) -> None:
+    assert named_problem(word, 1).minibatch is None
+
+
 @pytest.mark.parametrize(
     ("word", "batch", "said"),
     [

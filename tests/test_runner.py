@@ -349,7 +349,7 @@ def test_every_field_and_everything_behind_a_number_is_in_the_key(monkeypatch: p
     changes: list[dict[str, Any]] = [
         {}, {"kind": "cost"}, {"problem": "gaussian-toy:units=3"}, {"estimator": "iwae:K=3"}, {"batch": 4}, {"seed": 1},
         {"replicates": 32}, {"reference": "stl"}, {"reference": "rloo:K=2"}, {"engine": "loop"}, {"device": "cuda"},
-        {"dtype": "float64"}, {"threads": 2}, {"seconds": 1.0},
+        {"dtype": "float64"}, {"threads": 2}, {"seconds": 1.0}, {"tensors": True}, {"minibatches": 4}, {"minibatches": 5},
         {"kind": "training", "problem": "digits-vae", "steps": 3, "every": 1},
         {"kind": "training", "problem": "digits-vae", "steps": 3, "every": 1, "seed": 1},
         {"kind": "training", "problem": "digits-vae", "steps": 3, "every": 1, "learning_rate": 0.1},
@@ -419,10 +419,45 @@ def test_rows_of_company_are_those_of_separate_runs(tmp_path: Path) -> None:
     for cell, rows in zip(cells, together, strict=True):
         for one, other in zip(cell.run(), rows, strict=True):
             for name in ("value", "low", "high"):
-                assert one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-12), (cell.estimator, one["metric"])
+                assert one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-12, nan_ok=True), (
+                    cell.estimator,
+                    one["metric"],
+                )
             assert one | {"value": 0, "stderr": 0, "low": 0, "high": 0, "jackknife": 0} == (
                 other | {"value": 0, "stderr": 0, "low": 0, "high": 0, "jackknife": 0}
             )
+
+
+def test_decompositions_keep_company_and_resume(tmp_path: Path) -> None:
+    words = ("iwae:K=2", "dreg:K=2", "stl")
+    of = {"replicates": 8, "minibatches": 4}
+    cells = [(Cell("gradient", "gaussian-toy:units=2", word, 3, **of), 60.0) for word in words]
+    one = replace(cells[0][0], minibatches=0)
+    assert [len(group) for group in companies([*cells, (one, 60.0)])] == [2, 1, 1]
+    store.open_for_writing(tmp_path)
+    assert {o.status for o in run(cells, tmp_path, jobs=2)} == {"ok"}
+    assert {o.status for o in run(cells, tmp_path)} == {"kept"}
+    for cell, _ in cells:
+        rows = cell.run()
+        assert [(row["group"], row["randomness"]) for row in rows] == [
+            (group, part) for group in ("generative", "inference") for part in ("estimator", "minibatch", "both")
+        ]
+        assert {(row["minibatches"], row["replicates"], row["B"], row["kind"]) for row in rows} == {
+            (4, 8, 3, "gradient")
+        }
+
+
+def test_the_minibatches_themselves_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        named.named_problem.cache_clear()
+        cells_module._drawn.cache_clear()
+        return Cell("gradient", "gaussian-toy:units=2", "stl", 3, replicates=8, minibatches=4).key
+
+    before = key()
+    with monkeypatch.context() as patch:
+        patch.setattr(named, "_rows", lambda data, indices, generator: data[indices].flip(0))
+        assert key() != before
+    assert key() == before
 
 
 def test_one_that_fails_leaves_its_company_alone(tmp_path: Path, gradiometer: Command) -> None:

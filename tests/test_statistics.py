@@ -9,22 +9,25 @@ from scipy import stats
 
 from gradiometer.bench import metrics
 from gradiometer.bench.accumulators import accumulator
-from gradiometer.bench.measurement import measure
-from gradiometer.bench.metrics import (
-    METRICS,
+from gradiometer.bench.formulas import (
     Sums,
     cosine,
     directional_snr,
     gradient_norm,
+    has_direction,
     snr,
     snr_corrected,
     snr_floor,
+    squared_norm,
     variance,
 )
+from gradiometer.bench.measured import of_moments
+from gradiometer.bench.measurement import measure
+from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.models.toys import FunctionToy, GaussianToy
 from gradiometer.bench.moments import Moments, shards
 from gradiometer.bench.problems import Problem
-from gradiometer.bench.statistics import Value, exact, jackknife, ratio, student
+from gradiometer.bench.statistics import Value, chi_square, exact, jackknife, ranking, ratio, root, square, student
 from gradiometer.estimators.registry import parse
 
 Array = np.ndarray
@@ -40,8 +43,7 @@ def moments_of(g: Array) -> Moments:
 
 
 def value_of(g: Array, name: str) -> Value:
-    moments, metric = moments_of(g), METRICS[name]
-    return jackknife(metric.of(moments.sums), [metric.of(w) for w in moments.without], positive=metric.positive)
+    return of_moments(name, [moments_of(g)])
 
 
 # The jackknife.
@@ -117,6 +119,174 @@ def test_heavy_tails_are_where_the_promise_ends() -> None:
     """A known limit, kept in view: the interval of a variance is too short where fourth moments barely exist."""
     found = coverage(lambda g: g.standard_t(4.5, (256, 1)), "variance", 4.5 / 2.5, trials=300)
     assert 0.6 < found < 0.95
+
+
+# Squares, which are cut at zero only once the interval is made.
+
+
+def test_of_a_square_the_interval_holds_the_truths_within_their_own_errors() -> None:
+    value, without, noise = 3.0, [2.7, 3.1, 3.2, 3.0], 0.5
+    found = square(value, without, noise)
+    spread = math.sqrt(3 / 4 * ((np.array(without) - 3) ** 2).sum())
+    for end in (found.low, found.high):
+        own = spread * math.sqrt((end + noise / 2) / (value + noise))
+        assert abs(value - end) == pytest.approx(student(3) * own)
+    assert found.low < value < found.high
+    rooted = root(found)
+    assert (rooted.value, rooted.low, rooted.high) == pytest.approx(
+        (math.sqrt(3), math.sqrt(max(0, found.low)), math.sqrt(found.high))
+    )
+    assert rooted.jackknife == pytest.approx(np.sqrt(without))
+
+
+def test_far_from_zero_the_interval_of_a_root_is_the_jackknife_of_the_root() -> None:
+    without = 1e4 + np.array([-30.0, 10, 25, -5])
+    found, plain = (
+        root(square(1e4, without, 1.0)),
+        jackknife(1e2, np.sqrt(without), positive=False),
+    )
+    assert (found.stderr, found.low, found.high) == pytest.approx((plain.stderr, plain.low, plain.high), rel=1e-2)
+
+
+def test_a_negative_square_is_kept_and_no_interval_is_empty() -> None:
+    found = square(-0.4, [-0.41, -0.39, -0.4, -0.42], 0.5)
+    assert found.value == -0.4
+    assert found.low < 0 < found.high
+    assert (root(found).value, root(found).low) == (0, 0)
+    assert root(found).high > 0
+    assert square(0.0, [0.0] * 4, 0.0) == Value(0.0, 0.0, 0.0, 0.0, (0.0,) * 4)
+    assert math.isnan(root(square(math.nan, [math.nan] * 4, 1.0)).high)
+
+
+NULL = {
+    "one coordinate": lambda g: g.normal(0, 1, (256, 1)),
+    "many": lambda g: g.normal(0, 1, (256, 50)),
+    "correlated": lambda g: 0.8 * g.normal(0, 1, (256, 1)) + 0.6 * g.normal(0, 1, (256, 50)),
+    "few replicates": lambda g: g.normal(0, 1, (64, 5)),
+}
+ROOTS = ["gradient_norm", "snr_corrected"]
+
+
+@pytest.mark.parametrize("kind", NULL)
+@pytest.mark.parametrize("name", ROOTS)
+def test_at_a_mean_of_zero_the_interval_holds_zero(name: str, kind: str) -> None:
+    """At its rate: not always, since then it would be too wide."""
+    generator = np.random.default_rng(11)
+    lows = [value_of(NULL[kind](generator), name).low for _ in range(600)]
+    assert 0.92 < np.mean(np.array(lows) == 0) < 0.99
+
+
+@pytest.mark.parametrize("kind", NULL)
+@pytest.mark.parametrize("name", ROOTS)
+def test_near_zero_and_away_the_interval_covers(name: str, kind: str) -> None:
+    generator = np.random.default_rng(12)
+    for signal in (0.5, 1.0, 2.0, 8.0):  # in errors of the square, about
+        shape = NULL[kind](generator).shape
+        mean = signal * shape[1] ** 0.25 / math.sqrt(shape[0]) / math.sqrt(shape[1])
+        truth = mean * math.sqrt(shape[1]) if name == "gradient_norm" else mean
+        found = [value_of(NULL[kind](generator) + mean, name) for _ in range(400)]
+        assert 0.91 < np.mean([v.low <= truth <= v.high for v in found]) < 0.99
+
+
+def test_plain_jackknives_of_a_root_and_of_its_square_are_wrong_near_zero() -> None:
+    """The control: on the linear scale of the cut root, and on that of the square with the error it has at the estimate."""
+    generator, rooted, squared, truth = np.random.default_rng(13), 0, 0, 1 / 16
+    for _ in range(400):
+        m = moments_of(generator.normal(truth, 1, (256, 1)))
+        of = [squared_norm(s) for s in (m.sums, *m.without)]
+        plain = jackknife(of[0].root, [s.root for s in of[1:]], positive=False)
+        rooted += plain.low <= truth <= plain.high
+        plain = jackknife(of[0].value, [s.value for s in of[1:]], positive=False)
+        squared += plain.low <= truth**2 <= plain.high
+    assert rooted / 400 < 0.75
+    assert squared / 400 < 0.85
+
+
+# Chi-square, for what is known to be normal.
+
+
+def test_a_chi_square_interval_is_the_table_and_for_normals_only() -> None:
+    low, high = chi_square(np.array([2.0]), 11)
+    assert (low[0], high[0]) == pytest.approx((20 / 20.483, 20 / 3.247), rel=1e-3)
+    generator = np.random.default_rng(4)
+    for draw, truth, least, most in (
+        (generator.normal, 4.0, 0.93, 0.97),
+        (generator.laplace, 8.0, 0.6, 0.8),  # the known limit
+    ):
+        low, high = chi_square(draw(0, 2, (256, 2000)).var(0, ddof=1), 256)
+        assert least < np.mean((low <= truth) & (truth <= high)) < most
+
+
+# Ranks.
+
+
+def estimators(
+    generator: np.random.Generator, scales: list[float], R: int = 512, shared: float = 0.7
+) -> dict[str, Value]:
+    """Variances of estimators that see the same noise."""
+    common = generator.normal(0, 1, (R, 4))
+    own = [math.sqrt(shared) * common + math.sqrt(1 - shared) * generator.normal(0, 1, (R, 4)) for _ in scales]
+    return {f"e{i}": value_of(s * g, "variance") for i, (s, g) in enumerate(zip(scales, own, strict=True))}
+
+
+def test_ranks_tell_apart_what_is_apart() -> None:
+    generator = np.random.default_rng(0)
+    values = estimators(generator, [1.0, 3.0, 1.0, 9.0])
+    lower, higher = ranking(values, "lower"), ranking(values, "higher")
+    assert lower == {"e0": (1, 2), "e2": (1, 2), "e1": (3, 3), "e3": (4, 4)}
+    assert higher == {"e3": (1, 1), "e1": (2, 2), "e0": (3, 4), "e2": (3, 4)}
+    assert next(iter(higher)) == "e3"
+    assert ranking({}, "lower") == {}
+    assert ranking({"a": values["e0"]}, "lower") == {"a": (1, 1)}
+    with pytest.raises(ValueError, match="neither direction is better"):
+        ranking(values, "")
+
+
+def test_ranks_of_what_is_the_same_are_the_same() -> None:
+    a = value_of(np.random.default_rng(0).normal(0, 1, (512, 4)), "variance")
+    nearly = Value(
+        *(v * (1 + 3e-7) for v in (a.value, a.stderr, a.low, a.high)), tuple(v * (1 + 3e-7) for v in a.jackknife)
+    )
+    assert ranking({"a": a, "b": a, "c": nearly}, "lower") == {"a": (1, 3), "b": (1, 3), "c": (1, 3)}
+    assert ranking({"a": exact(1.0), "b": exact(2.0), "c": exact(2.0)}, "lower") == {
+        "a": (1, 1),
+        "b": (2, 3),
+        "c": (2, 3),
+    }
+
+
+def test_ranks_without_pairs_go_by_independent_errors() -> None:
+    found = ranking({"a": Value(1.0, 0.1), "b": Value(1.2, 0.1), "c": Value(3.0, 0.1), "d": Value(1.1)}, "lower")
+    assert found == {"a": (1, 3), "b": (1, 3), "c": (3, 4), "d": (1, 4)}  # of d no error is known
+    assert set(ranking({"a": Value(1.0, 0.1), "n": Value(math.nan), "z": Value(0.0, 0.0)}, "lower")) == {"a"}
+
+
+def test_pairing_tells_more_apart() -> None:
+    values = estimators(np.random.default_rng(1), [1.0, 1.02], shared=0.99)
+    assert ranking(values, "lower")["e0"] == (1, 1)
+    unpaired = {name: Value(v.value, v.stderr, v.low, v.high) for name, v in values.items()}
+    assert ranking(unpaired, "lower")["e0"] == (1, 2)
+
+
+@pytest.mark.parametrize("n", [2, 6, 12])
+@pytest.mark.parametrize("shared", [0.0, 0.9])
+def test_of_equals_hardly_any_are_told_apart(n: int, shared: float) -> None:
+    generator, trials = np.random.default_rng(n), 200
+    false = sum(
+        any(rank != (1, n) for rank in ranking(estimators(generator, [1.0] * n, shared=shared), "lower").values())
+        for _ in range(trials)
+    )
+    assert false / trials < 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+
+
+def test_without_a_correction_many_would_be() -> None:
+    """The control: pairs of twelve equals, each at 5 %."""
+    generator, false = np.random.default_rng(5), 0
+    for _ in range(50):
+        values = list(estimators(generator, [1.0] * 12).values())
+        of = [ratio(a, b) for i, a in enumerate(values) for b in values[:i]]
+        false += any(r.low > 1 or r.high < 1 for r in of)
+    assert false / 50 > 0.4
 
 
 # Ratios.
@@ -238,11 +408,42 @@ def test_measured_directions_are_those_of_the_replicates() -> None:
     along, squared = g[64:] @ u, (g[64:] ** 2).sum(1)
     found = m.metrics("inference")
     assert found["cosine"].value == pytest.approx((along / np.sqrt(squared)).mean(), rel=1e-9)
-    across = np.sqrt(squared - along**2)
-    assert found["directional_snr"].value == pytest.approx((np.abs(along) / across).mean(), rel=1e-9)
+    # Since its second version the directional ratio takes the direction's own noise out.
+    across, noise = np.sqrt(squared - along**2), g.var(0, ddof=1).sum() / 64
+    norm = found["gradient_norm"].value
+    lost = noise * norm**2 / (norm**2 + noise)
+    wanted = np.abs(along - along.mean() + norm) / (across * np.sqrt(1 - lost / (across**2).mean()))
+    assert found["directional_snr"].value == pytest.approx(wanted.mean(), rel=1e-9)
+    assert found["directional_snr"].value != pytest.approx((np.abs(along) / across).mean(), rel=1e-4)
     assert found["variance"].value == pytest.approx(g.var(0, ddof=1).sum(), rel=1e-9)
     whole = g.mean(0) / np.linalg.norm(g.mean(0))
     assert found["cosine"].value != pytest.approx((g @ whole / np.linalg.norm(g, axis=1)).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("P", [30, 300])
+def test_the_noise_of_its_direction_is_taken_out_of_the_directional_ratio(P: int) -> None:
+    """Against the truth, along the true mean; the control is the ratio along the noisy direction, as it was before."""
+    generator, found, plain = np.random.default_rng(P), [], []
+    mean = np.full(P, 0.15)
+    along = generator.normal(0.15 * math.sqrt(P), 1, 400_000)
+    truth = np.abs(along).mean() * np.mean(1 / np.sqrt(generator.chisquare(P - 1, 400_000)))
+    for _ in range(40):
+        g = generator.normal(mean, 1, (256, P))
+        u = g[:128].mean(0) / np.linalg.norm(g[:128].mean(0))
+        sums = moments_of(g).sums
+        found.append(directional_snr(g[128:] @ u, (g[128:] ** 2).sum(1), sums))
+        plain.append(directional_snr(g[128:] @ u, (g[128:] ** 2).sum(1)))
+    error = np.std(found) / math.sqrt(40)
+    assert abs(np.mean(found) - truth) < 4 * error
+    assert np.mean(plain) < truth - 4 * error
+
+
+def test_a_direction_that_is_not_known_gives_no_interval() -> None:
+    generator = np.random.default_rng(0)
+    for mean, known in ((0.0, False), (0.02, False), (1.0, True)):
+        g = generator.normal(mean, 1, (256, 40))
+        u = g[:128].mean(0) / np.linalg.norm(g[:128].mean(0))
+        assert has_direction(g[128:] @ u, moments_of(g).sums) == known
 
 
 def replicates_by_hand(toy: GaussianToy, x: torch.Tensor, R: int) -> Array:

@@ -72,6 +72,18 @@ TOY = 'problems = ["gaussian-toy"]\nestimators = ["iwae"]\n'
             TOY + 'engine = "fast"',
             "line 11: gradient.1.engine: should be 'auto', 'rows', 'ghost' or 'loop', not 'fast'",
         ),
+        (TOY + "minibatches = 3", "line 11: gradient.1.minibatches: should be at least 4, not 3"),
+        (TOY + 'minibatches = "all"', "line 11: gradient.1.minibatches: should be a whole number, not 'all'"),
+        (TOY + "tensors = 1", "line 11: gradient.1.tensors: should be true or false, not 1"),
+        (
+            TOY + 'minibatches = 8\nmetrics = ["variance", "snr"]',
+            "line 8: gradient.1: the metric snr goes with one minibatch: leave it out, or minibatches",
+        ),
+        (
+            TOY + "minibatches = 8\ntensors = true",
+            "line 8: gradient.1: tensors goes with one minibatch: leave it out, or minibatches",
+        ),
+        (TOY + 'minibatches = 8\nprecision = "5%"', "line 8: gradient.1: precision goes with one minibatch"),
         (TOY + "budget = 99", "a budget is what a precision may take: give precision, too"),
         (TOY + 'reference = "drge"', "line 11: gradient.1.reference: unknown estimator 'drge'; did you mean 'dreg'?"),
         ('problems = ["gaussian-toy"]', "line 8: gradient.1.estimators: this key is missing"),
@@ -206,6 +218,19 @@ def test_amounts_are_read_as_people_write_them(tmp_path: Path) -> None:
     assert [(c.precision, c.budget, c.memory, c.metrics) for c in others] == [(0.05, 4096, 2**29, ("variance",))]
     (changed, *_), _ = zip(*read(tmp_path, HEAD + TOY, "precision=0.1", "memory=3GB").cells(), strict=True)
     assert (changed.precision, changed.memory) == (0.1, 3 * 10**9)
+
+
+def test_minibatches_make_cells_of_their_own_beside_the_ordinary_ones(tmp_path: Path) -> None:
+    text = HEAD.replace("replicates = 16", "tensors = true") + TOY.replace("toy", "toy:units=2").replace(
+        "iwae", "iwae:K=2"
+    )
+    one, over = (cell for cell, _ in read(tmp_path, text + "minibatches = 32\n").cells())
+    assert (one.replicates, one.minibatches, one.tensors) == (1024, 0, True)
+    assert (over.replicates, over.minibatches, over.tensors) == (64, 32, False)
+    assert one.key != over.key
+    assert str(over) == "gradient of iwae:K=2 on gaussian-toy:units=2 over 32 minibatches"
+    (given,) = (cell for cell, _ in read(tmp_path, text, "minibatches=8", "replicates=12", "tensors=false").cells())
+    assert (given.replicates, given.minibatches) == (12, 8)
 
 
 def test_a_grid_is_every_problem_with_every_estimator_at_every_k(tmp_path: Path) -> None:

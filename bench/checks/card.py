@@ -32,6 +32,7 @@ EXPLAINED = {
     "data apart": "data points do not touch",
     "noiseless": "no noise at the exact posterior",
     "engine": "the harness's fast way against the slow one",
+    "level": "log weights of any size",
     "precision": "float32 against float64",
     "learning": "learning makes the gradient quieter",
     "runs": "it can be built and run",

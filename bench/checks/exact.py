@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from gradiometer.bench.gradients import trainable
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.registry import parse
 
+LEVEL = 1000.0  # nats: the joint of a picture
 Planted = Callable[[Gradients], Gradients]  # what a fault in single layers does to a gradient
 
 
@@ -69,6 +71,31 @@ def _of_group(estimator: Estimator, world: World, group: str, samples: Gradients
     kind = diagnose(_means(samples), _means(wanted), world, estimator.K)
     said = f"not the gradient of {name}: {kind}; off by {apart.off:.2g} in {apart.tensor!r}"
     return Claim("unbiased", False, where, said, apart.off, apart.detectable)
+
+
+def lower(world: World) -> World:
+    """The world with a joint that is less by a constant, as that of many pixels is: no mean gradient is changed by it."""
+    model = copy.copy(world.model)
+    model.log_joint = lambda x, z: world.model.log_joint(x, z) - LEVEL
+    return replace(world, model=model)
+
+
+def level(estimator: Estimator, world: World, effort: Effort) -> Claim:
+    """Log weights of any size: nothing overflows, and nothing is cut off."""
+    where = f"{world.name}, K = {estimator.K}"
+    state = experienced(estimator, world)
+    plain = expectation(estimator, world, state, effort)
+    low = expectation(estimator, lower(world), state, effort)
+    wanted = {n: of for n, of in plain.samples.items() if bool(of.any())}
+    apart = difference({n: low.samples[n] for n in wanted}, wanted, world, plain.exact, effort)
+    if not all(bool(of.isfinite().all()) for of in low.samples.values()):
+        said = f"its gradient is not finite where log p is less by {LEVEL:g}: normalise log weights, not weights"
+        return Claim("level", False, where, said)
+    limit = max(apart.detectable, LEVEL * 1e-9)
+    said = f"log p less by {LEVEL:g} gives the same mean gradient"
+    if not apart.off <= limit:
+        said = f"log p less by {LEVEL:g} changes its mean gradient by {apart.off:.2g} in {apart.tensor!r}: something is cut off"
+    return Claim("level", apart.off <= limit, where, said, apart.off, limit)
 
 
 def _means(samples: Gradients) -> Gradients:

@@ -26,6 +26,7 @@ Objective = Callable[[Tensor], Tensor]  # [K, *batch] -> [*batch]
 MOST = 70_000  # rows of an exact rule
 UNIFORM = 0  # of an `Ask` that is no choice among finitely many
 NORMAL = -1
+INVERTED = -2  # a uniform put through the inverse of a distribution function
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Nodes:
                     found = (found.unsqueeze(-1) > base.probs.cumsum(-1)).sum(-1).clamp(max=shape[-1] - 1)
                 value = torch.nn.functional.one_hot(found.long(), shape[-1]).to(base.probs.dtype)
             case _:
-                return base.icdf(self._noise(shape, events, UNIFORM))
+                return base.icdf(self._noise(shape, events, INVERTED))
         if self.exact:
             self._weigh(q.log_prob(value))
         return value
@@ -110,7 +111,7 @@ class Nodes:
         size = lead.numel() * event.numel()
         if self.columns is None:
             self.asks.append(Ask(size, choices))
-            return torch.full(shape, {NORMAL: 0.1, UNIFORM: 0.3}.get(choices, 0.0), dtype=torch.float64)
+            return torch.full(shape, {NORMAL: 0.1, UNIFORM: 0.3, INVERTED: 0.3}.get(choices, 0.0), dtype=torch.float64)
         taken = self.columns[:, self._taken : self._taken + size]
         if taken.shape[1] < size:
             raise NotImplementedError("it asks for more noise than it did at first")
@@ -214,7 +215,7 @@ def _stacked(values: Sequence[Tensor | None]) -> Tensor | None:
 
 def _product(asks: Sequence[Ask], world: World) -> tuple[Tensor, Tensor] | None:
     """All outcomes ``[T, scalars]`` with the logarithm of the quadrature's weights ``[T]``, if there are not too many."""
-    if any(ask.choices == UNIFORM for ask in asks):
+    if any(ask.choices in (UNIFORM, INVERTED) for ask in asks):
         return None
     normals = sum(ask.size for ask in asks if ask.choices == NORMAL)
     if normals and normals not in world.nodes:

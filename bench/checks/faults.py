@@ -114,7 +114,7 @@ def faults(estimator: Estimator, groups: Mapping[str, Mapping[str, Tensor]]) -> 
         yield Fault(f"no {group} gradient", _altered(estimator, group, 0.0), group=group)
         yield Fault(f"the {group} gradient 5 % too large", _altered(estimator, group, 1.05), group=group)
         layer = list(members)[-1]
-        yield Fault(f"the gradient of {layer} alone 1 % too large", estimator, _scaled_layer(layer, 1.01), group)
+        yield Fault(f"the gradient of {layer} alone 1 % too large", estimator, scaled(layer, 1.01), group)
     if isinstance(estimator, Weighted):
         yield from _of_columns(estimator)
 
@@ -126,7 +126,9 @@ def _altered(estimator: Estimator, group: str, factor: float) -> Estimator:
     return Altered(inner=estimator, terms=terms)
 
 
-def _scaled_layer(name: str, factor: float) -> Planted:
+def scaled(name: str, factor: float) -> Planted:
+    """A fault of the scale of one parameter's gradient."""
+
     def planted(gradients: Gradients) -> Gradients:
         return {n: factor * g if n == name else g for n, g in gradients.items()}
 

@@ -78,7 +78,7 @@ def check(estimator: Estimator, level: Level = "quick") -> Card:
         claims = _settled(claims)
         if not any(claim.holds is False for claim in claims):
             planted = dict(_planted(estimator, worlds, how))
-            claims += _guarded("engine", lambda: [engine_agrees(estimator), single_precision(estimator)])
+            claims += _guarded("engine", lambda: [engine_agrees(estimator), *single_precision(estimator)])
             with contextlib.suppress(Exception):
                 about = characteristics(estimator, level)
     seconds = time.perf_counter() - began
@@ -133,6 +133,9 @@ def _exact(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> 
         ):  # at its own K, where outcomes are few or integrated by Sobol points
             if world.admits(estimator) and how.particles[-1] < estimator.K <= most:
                 yield from exact.claims(estimator, world, how.effort)
+    few = at(estimator, max(2, estimator.facts.least_particles))
+    if worlds and few is not None:
+        yield exact.level(few, worlds[0], how.effort)
     yield from consistent(estimator, how.effort)
 
 

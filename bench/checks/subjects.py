@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from gradiometer.bench.errors import RequestError
-from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.base import Estimator, Facts
 from gradiometer.estimators.registry import catalogue, configured, load_plugin, parse
 
 
@@ -22,6 +22,8 @@ def named(words: Sequence[str]) -> list[Estimator]:
     for word in words:
         if word.endswith(".py"):
             found += _of_file(Path(word))
+        elif Path(word).exists():
+            raise RequestError(f"{word} is no Python file: name a file that ends in .py, or an estimator")
         else:
             try:
                 found.append(parse(word))
@@ -51,8 +53,12 @@ def _of_file(path: Path) -> list[Estimator]:
         and issubclass(cls, Estimator)
         and cls.__module__ == module.__name__
         and not inspect.isabstract(cls)
-        and hasattr(cls, "facts")
     ]
+    for cls in classes:
+        if not isinstance(getattr(cls, "facts", None), Facts):
+            raise RequestError(f"{cls.__name__} in {path} has no facts: facts = Facts(name, family=..., objective=...)")
+        if "__dataclass_fields__" not in vars(cls):
+            raise RequestError(f"{cls.__name__} in {path} is no dataclass: write @dataclass(frozen=True) above it")
     if not classes:
         raise RequestError(
             f"{path} defines no estimator: a dataclass that inherits Weighted or Estimator and has facts"
