@@ -54,7 +54,7 @@ class Pyro(Estimator):
         return self.run(model, x, q, rng, state)
 
     def run(self, model: Any, x: Tensor, q: Any, rng: Any, state: State) -> Surrogate:
-        batch, leaves = q.batch_shape, Leaves.of(q)
+        batch, leaves, prior = q.batch_shape, Leaves.of(q), Leaves.of(model.prior(q))
         shape = torch.Size([self.K, *batch]) if self.K > 1 else batch
         seen: dict[str, Tensor] = {}
 
@@ -67,25 +67,27 @@ class Pyro(Estimator):
 
         def theirs_model() -> None:
             zeros = pyro.param("zeros", torch.zeros(shape, dtype=x.dtype))
+            given = {n: pyro.param(f"prior {n}", p.detach().clone()) for n, p in prior.given.items()}
             with _all(_rows(batch)):
-                z = pyro.sample("z", of_pyro(model.prior(q)))
+                z = pyro.sample("z", FAMILIES[prior.family](**given, validate_args=False).to_event(1))
                 # Networks get plain latents, and what they give the provenance of these: TraceGraph_ELBO follows it.
                 likelihood = of_pyro(model.likelihood(detach_provenance(z)), get_provenance(z))
                 pyro.sample("x", likelihood, obs=x)
                 pyro.factor("weight", zeros)
-            seen.update(zeros=zeros, z=detach_provenance(z).detach())
+            seen.update(zeros=zeros, z=detach_provenance(z).detach(), **{f"prior {n}": p for n, p in given.items()})
 
         pyro.clear_param_store()
         self.prepare(shape, x.dtype, state)
         with Feed(rng, q) as feed, pyro.validation_enabled(False):
             self.elbo(self.K, len(batch)).loss_and_grads(theirs_model, theirs_guide)
-        at = {n: seen[n] for n in [*leaves.given, "zeros"]}
+        at = {n: p for n, p in seen.items() if n != "z"}
         loss = sum(feed.losses, torch.zeros(()))
         found = derivatives(loss, at) if loss.requires_grad else {n: torch.zeros_like(p) for n, p in at.items()}
         pyro.clear_param_store()
         z = seen["z"].reshape(self.K, *batch, *q.event_shape)
         log_p, log_q = model.log_joint(x, z), q.log_prob(z)  # [K, *batch]
-        generative = (found["zeros"].reshape(self.K, *batch) * log_p).sum(0)
+        weighed = (found["zeros"].reshape(self.K, *batch) * model.likelihood(z).log_prob(x)).sum(0)
+        generative = weighed + prior.term({n: found[f"prior {n}"] for n in prior.given}, batch)
         log_w = (log_p - log_q).detach()
         return Surrogate(
             {"generative": generative, "inference": leaves.term(found, batch)}, log_w, self.observed(log_w)
