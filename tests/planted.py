@@ -316,7 +316,7 @@ class DividedTwice(OfBound):
         return (log_p - log_q).logsumexp(0) / log_p.shape[-1]
 
 
-@mistake("noise from elsewhere", "another source")
+@mistake("noise from elsewhere", "all noise comes from rng")
 @dataclass(frozen=True)
 class OwnNoise(OfBound):
     def particles(self, model, x: Tensor, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:

@@ -106,8 +106,13 @@ def test_the_catalogue_passes(estimator: Estimator) -> None:
     card = check(estimator, "quick")
     assert card.passed, card.text()
     assert card.planted
-    biased = [name for name, found in card.planted.items() if not found]
-    assert not biased or estimator.facts.biased, card.text()  # what is declared biased may hide a small mistake
+    missed = [name for name, found in card.planted.items() if not found]
+    coarse = max((c.detectable for c in card.claims if c.name == "unbiased"), default=0.0) > 0.01
+    missed = [
+        name for name in missed if not (coarse and "1 % too large" in name)
+    ]  # the card says so; level "full" sees it
+    # What is declared biased, or of a scale of its own, may hide a small mistake.
+    assert not missed or estimator.facts.biased or estimator.facts.rescaled, card.text()
     assert card.about["evaluations"] >= estimator.K
 
 

@@ -100,7 +100,10 @@ def apart(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[fl
 def _shapes(estimator: Estimator, world: World) -> str:
     """Terms are of each data point, for groups there are, and finite; log weights are detached."""
     state = experienced(estimator, world)
-    for x in (world.x, world.x[:1]):  # of one data point, too: what is squeezed away shows there
+    batches = (
+        (world.x,) if estimator.facts.couples_data else (world.x, world.x[:1])
+    )  # what is squeezed away shows at one
+    for x in batches:
         for surrogate in surrogates(estimator, world.model, x, Rng(3, 0), state):
             _well_formed(surrogate, x, set(trainable(world.model, state)))
     return "terms are [*batch], log weights [K, *batch] and detached"
@@ -147,10 +150,12 @@ def _frozen(estimator: Estimator, world: World) -> str:
     if not torch.equal(x, world.x):
         world.x.copy_(x)
         raise Broken("taking a gradient changed the data in place")
-    if not torch.equal(generator, torch.random.get_rng_state()) or world.model.training != training:
+    if not torch.equal(generator, torch.random.get_rng_state()):
         torch.random.set_rng_state(generator)
+        raise Broken("taking a gradient moved torch's global generator: all noise comes from rng")
+    if world.model.training != training:
         world.model.train(training)
-        raise Broken("taking a gradient left torch's global generator, or the model's mode, other than it was")
+        raise Broken("taking a gradient changed the model's mode")
     if any(not torch.equal(a, b) for a, b in zip(kept, now, strict=True)):
         raise Broken("taking a gradient changed a parameter")
     if any(p.grad is not None for p in world.model.parameters()):

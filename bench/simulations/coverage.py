@@ -1,4 +1,4 @@
-"""How often 95 % intervals hold the truth: `python bench/simulations/coverage.py`, about ten minutes on one core.
+"""How often 95 % intervals hold the truth: `python bench/simulations/coverage.py`, about half an hour on one core.
 
 Writes coverage.md and coverage.json to results/statistics. Gradients of known moments are handed to the harness where an engine's
 would be, as passes, so that shards, accumulators, projections and metrics are those of a measurement.
