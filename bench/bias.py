@@ -37,18 +37,25 @@ def difference(estimator: Estimator, reference: Estimator) -> Difference | Diffe
 
 
 @dataclass(frozen=True)
-class Difference(Estimator):
-    """The gradient of one estimator less that of another, each by its own surrogates.
-
-    What either learns beside the model is in its state, and is no part of the difference.
-    """
+class _OfTwo(Estimator):
+    """What both kinds of difference share: two estimators, whose memories lie side by side."""
 
     K: int = field(init=False)
     estimator: Estimator
     reference: Estimator
 
     def __post_init__(self) -> None:
-        _begin(self)
+        of = [self.estimator.facts, self.reference.facts]
+        facts = Facts(
+            "difference",
+            family=of[0].family,
+            objective="none",
+            needs=tuple(dict.fromkeys(need for facts in of for need in facts.needs)),
+            couples_data=any(facts.couples_data for facts in of),
+            replicates_as_rows=all(facts.replicates_as_rows for facts in of),
+        )
+        object.__setattr__(self, "K", self.estimator.K)
+        object.__setattr__(self, "facts", facts)
         super().__post_init__()
 
     def __str__(self) -> str:
@@ -56,6 +63,17 @@ class Difference(Estimator):
 
     def init_state(self, model: Any, x: Tensor) -> State:
         return joined(self.estimator.init_state(model, x), self.reference.init_state(model, x))
+
+    def objective(self, log_w: Tensor) -> Tensor:
+        return self.estimator.objective(log_w)
+
+
+@dataclass(frozen=True)
+class Difference(_OfTwo):
+    """The gradient of one estimator less that of another, each by its own surrogates.
+
+    What either learns beside the model is in its state, and is no part of the difference.
+    """
 
     def surrogate(self, model: Any, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
         again = copy.copy(rng)  # before a draw is taken from it
@@ -66,27 +84,10 @@ class Difference(Estimator):
             negative = {id(term): -term for term in made.terms.values()}  # groups that share a term go on sharing it
             yield Surrogate({g: negative[id(t)] for g, t in _without(made.terms, other).items()})
 
-    def objective(self, log_w: Tensor) -> Tensor:
-        return self.estimator.objective(log_w)
-
 
 @dataclass(frozen=True)
-class DifferenceOfWeights(Weighted):
+class DifferenceOfWeights(_OfTwo, Weighted):
     """The gradient of one weighted estimator less that of another with as many particles: their columns subtract."""
-
-    K: int = field(init=False)
-    estimator: Estimator
-    reference: Estimator
-
-    def __post_init__(self) -> None:
-        _begin(self)
-        super().__post_init__()
-
-    def __str__(self) -> str:
-        return f"{self.estimator} - {self.reference}"
-
-    def init_state(self, model: Any, x: Tensor) -> State:
-        return joined(self.estimator.init_state(model, x), self.reference.init_state(model, x))
 
     def signal(self, log_w: Tensor, x: Tensor, state: State) -> Tensor:
         """Both estimators' signals, ``[2, K, *batch]``."""
@@ -99,28 +100,10 @@ class DifferenceOfWeights(Weighted):
             return Coefficients(columns.generative, torch.zeros_like(a.generative), columns.score)
         return columns
 
-    def objective(self, log_w: Tensor) -> Tensor:
-        return self.estimator.objective(log_w)
-
     def _both(self) -> tuple[Weighted, Weighted]:
         assert isinstance(self.estimator, Weighted)
         assert isinstance(self.reference, Weighted)
         return self.estimator, self.reference
-
-
-def _begin(made: Difference | DifferenceOfWeights) -> None:
-    """The number of particles and the claims of a difference."""
-    of = [made.estimator.facts, made.reference.facts]
-    facts = Facts(
-        "difference",
-        family=of[0].family,
-        objective="none",
-        needs=tuple(dict.fromkeys(need for facts in of for need in facts.needs)),
-        couples_data=any(facts.couples_data for facts in of),
-        replicates_as_rows=all(facts.replicates_as_rows for facts in of),
-    )
-    object.__setattr__(made, "K", made.estimator.K)
-    object.__setattr__(made, "facts", facts)
 
 
 def joined(estimator: State, reference: State) -> State:
@@ -214,8 +197,7 @@ def _bound(estimator: Estimator, group: str) -> str:
 
 def _beside(estimator: Estimator, groups: Sequence[str]) -> frozenset[str]:
     """The groups that its objective names and the model does not have."""
-    objective = estimator.facts.objective
-    return frozenset() if isinstance(objective, str) else frozenset(objective) - set(groups)
+    return estimator.facts.named - set(groups)
 
 
 def _trusted(problem: Problem, estimator: Estimator, group: str) -> Estimator | None:

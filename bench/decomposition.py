@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradiometer.bench.accumulators import Accumulator, Cancelled, accumulator
+from gradiometer.bench.accumulators import Accumulator, accumulator
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.folding import Failure
 from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.measured import columns_of, columns_of_group, row_of
-from gradiometer.bench.measurement import another_way
+from gradiometer.bench.measurement import Ways
 from gradiometer.bench.moments import Array
 from gradiometer.bench.oneway import OneWay, parts_of
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.products import full_precision
-from gradiometer.bench.replicates import MEMORY, Engine, Plan, Subject, draws, plans
+from gradiometer.bench.replicates import MEMORY, Engine, Plan, Subject, draws
 from gradiometer.bench.statistics import Value
 from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.bench.training import settled
@@ -158,19 +158,7 @@ def decompose(
             state = settled(estimator, model, x, seed, lambda step: minibatch(problem, seed, step, "settle").to(x))
             subjects.append(Subject(estimator, counted, x, state, trainable(model, state)))
         asked = _Asked(problem, minibatches, replicates, seed)
-        found: dict[int, Decomposition] = {}
-        waiting = plans(subjects, engine, seed, memory, chunk)
-        if engine == "auto":
-            waiting = [replace(p, engine="ghost") if p.gains_from_traces else p for p in waiting]
-        while waiting:
-            plan = waiting.pop(0)
-            try:
-                made = asked.of(plan)
-            except (Cancelled, NotRows, torch.OutOfMemoryError) as error:
-                waiting = [*another_way(plan, error, engine), *waiting]
-            else:
-                found |= {id(subject): of for subject, of in zip(plan.subjects, made, strict=True)}
-    return [found[id(subject)] for subject in subjects]
+        return Ways(engine, seed, memory, chunk).carry_out(asked.of, subjects, traces=True)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.statistics import LEVEL, Value, ratio
+from gradiometer.bench.statistics import Value, normal, ratio
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,7 @@ def _product(row: dict[str, Any], cost: dict[str, float], name: str) -> dict[str
     """Relative errors add in quadrature: the two are measured independently."""
     metric, value = METRICS[name], row["value"] * cost["value"]
     relative = math.hypot(row["stderr"] / row["value"], cost["stderr"] / cost["value"]) if value > 0 else math.nan
-    factor = math.exp(_normal() * relative) if math.isfinite(relative) else math.nan
+    factor = math.exp(normal() * relative) if math.isfinite(relative) else math.nan
     scaled = row["jackknife"] if isinstance(row["jackknife"], list) else []
     return row | {
         "kind": "cost",
@@ -130,12 +130,6 @@ def widened(value: Value, *slacks: float) -> Value:
     """A positive value with further, independent relative errors in quadrature."""
     if not any(slacks):
         return value
-    half = math.hypot(math.log(value.high / value.value), *(_normal() * slack for slack in slacks))
+    half = math.hypot(math.log(value.high / value.value), *(normal() * slack for slack in slacks))
     stderr = value.value * math.hypot(value.stderr / value.value, *slacks)
     return Value(value.value, stderr, value.value * math.exp(-half), value.value * math.exp(half))
-
-
-def _normal() -> float:
-    from scipy.special import ndtri
-
-    return float(ndtri((1 + LEVEL) / 2))

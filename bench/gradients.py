@@ -63,13 +63,17 @@ def estimated(estimator: Estimator, state: State, parameters: Parameters) -> Par
 
     A baseline or a control variate learns, too, but by terms of its own, which are no part of the estimate.
     """
-    named = () if isinstance(estimator.facts.objective, str) else estimator.facts.objective
-    return {group: members for group, members in parameters.items() if group not in state.learned or group in named}
+    beside = set(state.learned) - estimator.facts.named
+    return {group: members for group, members in parameters.items() if group not in beside}
 
 
 def surrogates(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
     """The estimator's surrogates, one or several."""
-    made = estimator.surrogate(model, x, rng, state)
+    return each(estimator.surrogate(model, x, rng, state))
+
+
+def each(made: Surrogate | Iterator[Surrogate]) -> Iterator[Surrogate]:
+    """What an estimator returned or yields, one by one."""
     return iter([made]) if isinstance(made, Surrogate) else made
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK
 from gradiometer.estimators.registry import nearest
 
+T = TypeVar("T")
 AIM = 0.6  # of the replicates that seem to be needed, before a look at whether they are
 
 
@@ -140,11 +141,11 @@ def measure_all(
             trusted = measure(problem, reference, seed=seed + 1, only=["gradient_norm"], **options)
             means = {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
         subjects = [_subject(estimator, counted, x, seed) for estimator in estimators]
-        ways = _Ways(engine, seed, memory, chunk)
+        ways = Ways(engine, seed, memory, chunk)
         budget = budget or 100 * replicates
         asked = _Asked(problem, replicates, seed, means, precision, budget, units, finer=precision is not None)
         traces = bool(only) and not set(only) & set(metrics.OF_COORDINATES)
-        found = ways.carry_out(asked, subjects, traces)
+        found = ways.carry_out(asked.of, subjects, traces)
         if bias.wanted(only):
             wanted = [bias.comparisons(problem, estimator, reference) for estimator in estimators]
             found = _compared(asked, ways, subjects, found, wanted)
@@ -158,7 +159,7 @@ def _subject(estimator: Estimator, model: Counted, x: Tensor, seed: int) -> Subj
 
 def _compared(
     asked: _Asked,
-    ways: _Ways,
+    ways: Ways,
     subjects: Sequence[Subject],
     measured: Sequence[Measurement],
     wanted: Sequence[Sequence[bias.Comparison]],
@@ -173,13 +174,15 @@ def _compared(
             model, x = subjects[i].model, subjects[i].x
             parameters = trainable(model._model, State())
             word = str(c.reference)
-            trusted = known.setdefault(word, known.get(word) or _subject(c.reference, model, x, asked.seed))
+            if word not in known:
+                known[word] = _subject(c.reference, model, x, asked.seed)
+            trusted = known[word]
             extra[word] = replace(trusted, parameters=parameters)
             state = bias.joined(subjects[i].state, trusted.state)
             extra[str(c.difference)] = Subject(c.difference, model, x, state, parameters)
         # Nothing but squared norms is asked of them.
         again = replace(asked, means=None, precision=None, upto=replicates)
-        made = dict(zip(extra, ways.carry_out(again, list(extra.values()), traces=True), strict=True))
+        made = dict(zip(extra, ways.carry_out(again.of, list(extra.values()), traces=True), strict=True))
         for i, c in of:
             new = Compared(c.reference, made[str(c.difference)].moments, made[str(c.reference)].moments)
             found[i] = replace(found[i], compared={**found[i].compared, **dict.fromkeys(c.groups, new)})
@@ -187,7 +190,7 @@ def _compared(
 
 
 @dataclass(frozen=True)
-class _Ways:
+class Ways:
     """How passes may be carried out."""
 
     engine: Engine
@@ -195,20 +198,28 @@ class _Ways:
     memory: int
     chunk: int | None
 
-    def carry_out(self, asked: _Asked, subjects: Sequence[Subject], traces: bool) -> list[Measurement]:
-        """Measure, whatever becomes of the first plan; with squared norms alone if `traces` are enough, where that is faster."""
-        found: dict[int, Measurement] = {}
+    def carry_out(self, run: Callable[[Plan], Sequence[T]], subjects: Sequence[Subject], traces: bool) -> list[T]:
+        """What `run` makes of each subject, whatever becomes of the first plan.
+
+        Args:
+            run: carries out a plan, one result for each of its subjects.
+            traces: squared norms are enough, and are taken where they are faster.
+
+        Raises:
+            Failure: there is no way, or none that was asked for.
+        """
+        found: dict[int, T] = {}
         waiting = plans(subjects, self.engine, self.seed, self.memory, self.chunk)
         if self.engine == "auto" and traces:
             waiting = [replace(p, engine="ghost") if p.gains_from_traces else p for p in waiting]
         while waiting:
             plan = waiting.pop(0)
             try:
-                made = asked.of(plan)
+                made = run(plan)
             except (Cancelled, NotRows, torch.OutOfMemoryError) as error:
-                waiting = [*another_way(plan, error, self.engine), *waiting]
+                waiting = [*_another_way(plan, error, self.engine), *waiting]
             else:
-                found |= {id(subject): m for subject, m in zip(plan.subjects, made, strict=True)}
+                found |= {id(subject): of for subject, of in zip(plan.subjects, made, strict=True)}
         return [found[id(subject)] for subject in subjects]
 
 
@@ -221,7 +232,7 @@ def _must_make_sense(engine: Engine, only: Sequence[str], precision: float | Non
         raise ValueError(f"a precision is a part of the value, between 0 and 1, not {precision:g}")
 
 
-def another_way(plan: Plan, error: Exception, engine: Engine) -> list[Plan]:
+def _another_way(plan: Plan, error: Exception, engine: Engine) -> list[Plan]:
     """Plans in the place of one that could not be carried out.
 
     Raises:

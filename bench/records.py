@@ -35,7 +35,11 @@ def series_of(word: str) -> str:
 
 
 def code_of(estimator: Estimator) -> str:
-    """A hash of the estimator's module, of those it inherits from and of the floors below; comments and blank lines left out."""
+    """A hash of the estimator's module, of those it inherits from and of the floors below; comments and blank lines left out.
+
+    Of the text, and not of the syntax tree as a cell's key has it: a tree's dump differs between versions of Python, and what is
+    shipped as passed is for all of them.
+    """
     from gradiometer.estimators.base import Estimator
 
     modules = [base.__module__ for base in type(estimator).__mro__ if issubclass(base, Estimator)]

@@ -186,7 +186,7 @@ def _agreed(group: Sequence[Subject], engine: Engine, seed: int, memory: int, ch
             raise NotRows(f"{subject.estimator} cannot be measured in batches: {said}")
         return looped(subject, reason)
 
-    candidates = [s for s in group if s.estimator.facts.replicates_as_rows and not s.estimator.facts.couples_data]
+    candidates = [s for s in group if s.estimator.facts.in_batches]
     apart = [alone(s, "") for s in group if s not in candidates]
     rows: list[Subject] = []
     if candidates:

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from gradiometer.bench.efficiency import whole
+from gradiometer.bench.records import series_of
 
 __all__ = [
     "cost",
@@ -82,7 +83,7 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     named, model = found["problem"].str.partition("@"), found["model"]
     found["model"] = model.where(model != "", named[0])
     found["snapshot"] = found["snapshot"].where(found["snapshot"] != "", named[2])
-    found["series"] = [_series(word) for word in found["estimator"]]
+    found["series"] = [series_of(word) for word in found["estimator"]]
     found["name"] = found["estimator"].str.partition(":")[0]
     found["label"] = found["estimator"]
     for _, cells in found.groupby("problem", sort=False):
@@ -203,17 +204,6 @@ def in_order(tidied: pd.DataFrame) -> pd.DataFrame:
 
 def _rank(name: str, order: tuple[str, ...]) -> int:
     return order.index(name) if name in order else len(order)
-
-
-def _series(word: str) -> str:
-    """An estimator's word without its number of particles.
-
-    >>> _series("vr:alpha=0.5,K=8"), _series("dreg:K=8"), _series("stl")
-    ('vr:alpha=0.5', 'dreg', 'stl')
-    """
-    name, _, fields = word.partition(":")
-    kept = [field for field in fields.split(",") if field and not field.strip().startswith("K=")]
-    return f"{name}:{','.join(kept)}" if kept else name
 
 
 def _labels(cells: pd.DataFrame) -> list[str]:

@@ -176,6 +176,13 @@ def student(freedom: int) -> float:
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
+def normal() -> float:
+    """The two-sided 95 % point of the normal."""
+    from scipy.special import ndtri
+
+    return float(ndtri((1 + LEVEL) / 2))
+
+
 def _spread(leave_out: Array) -> float:
     shards = len(leave_out)
     return math.sqrt((shards - 1) / shards * ((leave_out - leave_out.mean()) ** 2).sum())

@@ -22,7 +22,7 @@ SCHEMA = 1
 COLUMNS = (
     "suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "digest", "step", "seconds",
     "estimator", "code", "family", "K", "B", "evaluations", "seed", "device", "machine", "dtype", "threads", "engine", "chunk",
-    "group", "ascends", "biased", "tensor", "metric", "space", "randomness", "reduction", "scale", "unit", "version",
+    "group", "ascends", "biased", "tensor", "metric", "reference", "space", "randomness", "reduction", "scale", "unit", "version",
     "value", "stderr", "low", "high", "replicates", "minibatches", "tails", "precision_met", "checked", "status", "reason",
     "manifest", "jackknife",
 )  # fmt: skip
@@ -158,8 +158,9 @@ def load(folder: Path) -> pd.DataFrame:
     if not rows:
         return pd.DataFrame(columns=list(COLUMNS))
     table = frame(rows)
-    since = [bool(code) and passed(word, code) for word, code in zip(table["estimator"], table["code"], strict=True)]
-    table["checked"] |= pd.Series(since, table.index)  # checked after it was measured
+    made_by = pd.Series(zip(table["estimator"], table["code"], strict=True), table.index)
+    since = {pair: bool(pair[1]) and passed(*pair) for pair in set(made_by)}
+    table["checked"] |= made_by.map(since)  # checked after it was measured
     return with_products(table)
 
 

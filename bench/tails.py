@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradiometer.bench.statistics import LEVEL, Value
+from gradiometer.bench.statistics import Value, normal
 
 Array = NDArray[np.float64]
 Tails = Literal["light", "heavy", ""]
@@ -61,7 +61,7 @@ def pareto_k(distance: Array) -> Value:
         return Value(math.nan)
     k = _shape(exceeding)
     error = (1 + max(k, -0.5)) / math.sqrt(len(exceeding))
-    half = _normal() * error
+    half = normal() * error
     return Value(k, error, k - half, k + half)
 
 
@@ -75,9 +75,3 @@ def _shape(x: Array) -> float:
     weights = np.exp(likelihood - likelihood.max())
     scale = float((scales * weights).sum() / weights.sum())
     return float((n * np.log1p(-scale * x).mean() + 5) / (n + 10))
-
-
-def _normal() -> float:
-    from scipy.special import ndtri
-
-    return float(ndtri((1 + LEVEL) / 2))

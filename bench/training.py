@@ -61,16 +61,31 @@ def settled(
     All steps are on `x`, or each on the `minibatch` of its number.
     """
     state = initial_state(estimator, model, x, seed)
+    learn(estimator, model, x, state, SETTLE, seed, minibatch=minibatch)
+    return state
+
+
+def learn(
+    estimator: Estimator,
+    model: Any,
+    x: Tensor,
+    state: State,
+    steps: int,
+    seed: int,
+    *,
+    rate: float = 1e-3,
+    minibatch: Callable[[int], Tensor] | None = None,
+) -> None:
+    """Let an estimator's memory, and nothing else, take steps of learning at these parameters."""
     if not (state.tracked or state.learned):
-        return state
+        return
     learned = {g: m for g, m in trainable(model, state).items() if g in state.learned}
     optimizer = torch.optim.Adam(
-        [p for members in learned.values() for p in members.values()] or [torch.zeros(1)], 1e-3
+        [p for members in learned.values() for p in members.values()] or [torch.zeros(1)], rate
     )
-    for step in range(SETTLE):
+    for step in range(steps):
         rng = Rng(seed, step, "settle", x.device, block=1)
         learning_step(estimator, model, x if minibatch is None else minibatch(step), rng, state, learned, optimizer)
-    return state
 
 
 def initial_state(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:

@@ -78,6 +78,16 @@ class Facts:
                     f"{claim} of {self.name} is a tuple: write ({getattr(self, claim)!r},), with its comma"
                 )
 
+    @property
+    def named(self) -> frozenset[str]:
+        """The groups that the objective names one by one; none, where one objective serves all."""
+        return frozenset() if isinstance(self.objective, str) else frozenset(self.objective)
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether replicates can be rows of one batch: data points do not touch, and it says no other."""
+        return self.replicates_as_rows and not self.couples_data
+
     def objective_of(self, group: str) -> str:
         """The name of the objective that `group` ascends; empty for a group the claims do not know."""
         return self.objective if isinstance(self.objective, str) else self.objective.get(group, "")

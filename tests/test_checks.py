@@ -18,8 +18,8 @@ from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.consistency import consistent
 from gradiometer.bench.checks.diagnosis import diagnose
 from gradiometer.bench.checks.expectations import Effort, expectation
-from gradiometer.bench.checks.faults import faults
-from gradiometer.bench.checks.gate import LEVELS, check
+from gradiometer.bench.checks.faults import Fault, _altered, faults
+from gradiometer.bench.checks.gate import LEVELS, _refused, check
 from gradiometer.bench.checks.identities import experienced
 from gradiometer.bench.checks.means import gradients, no_bias_found
 from gradiometer.bench.checks.targets import OBJECTIVES, inclusive, target
@@ -124,6 +124,16 @@ def test_mistakes_do_not_pass_and_are_named(name: str) -> None:
     assert not card.passed
     assert card.broken or card.untested
     assert says in card.text()
+
+
+@pytest.mark.parametrize("word", ["dreg:K=2", "rws:K=2", "rws-dreg:K=2", "tvo:K=2", "rebar", "nvil"])
+def test_an_estimator_is_not_refused_for_being_a_copy(word: str) -> None:
+    """A mistake of no size is not found, at whatever K a claim looks, so that finding one of some size says something."""
+    estimator = parse(word)
+    world = next(world for world in WORLDS.values() if world.admits(estimator))
+    for fault in (Fault("nothing", estimator), Fault("a factor of one", _altered(estimator, "inference", 1.0))):
+        assert not _refused(fault, world, LEVELS["quick"]), fault.name
+    assert _refused(Fault("a factor", _altered(estimator, "generative", 1.05)), world, LEVELS["quick"])
 
 
 def test_planted_faults_are_found_by_more_than_one_kind_of_claim() -> None:
@@ -291,8 +301,8 @@ def test_a_real_estimator_is_tried_against_the_exact_gradient() -> None:
 
 def test_a_card_reads_as_a_screen_and_as_json() -> None:
     claims = [
-        Claim("unbiased", True, "generative, binary, K = 2", "fine", 1e-12, 1e-9),
-        Claim("biased as declared", None, "path, binary, K = 2", "there is no exact gradient of 'x' to compare with"),
+        Claim("unbiased", True, "binary, K = 2", "fine", 1e-12, 1e-9, "generative"),
+        Claim("biased as declared", None, "binary, K = 2", "there is no exact gradient of 'x'", group="path"),
     ]
     card = Card("dreg:K=8", "importance-weighted", "ascends iwelbo", "abc", "quick", claims, {"a sign": True})
     assert card.passed
@@ -304,7 +314,7 @@ def test_a_card_reads_as_a_screen_and_as_json() -> None:
     assert "BROKEN    value" in broken.text()
     assert not replace(card, claims=claims[1:]).passed  # nothing about its mean was tested
     hidden = Claim(
-        "unbiased", None, "inference, binary, K = 2", "there is no exact gradient of 'a typo' to compare with"
+        "unbiased", None, "binary, K = 2", "there is no exact gradient of 'a typo' to compare with", group="inference"
     )
     assert not replace(card, claims=[*claims, hidden]).passed  # one of its groups was compared with nothing
     assert "NOT CHECKED" in replace(card, claims=[*claims, hidden]).text()
@@ -440,7 +450,9 @@ def test_replicates_of_the_statistical_test_are_the_slow_twins() -> None:
     world, estimator = wide()[0], parse("rloo:K=3")
     groups = trainable(world.model, State())
     layout = Layout.of(groups)
-    found = gradients(estimator, world, layout, seed=3)(range(2, 5))
+    found = gradients(estimator, world, layout, experienced(estimator, world), seed=3)(range(2, 5))
     for row, replicate in enumerate(range(2, 5)):
-        alone = one(estimator, world.model, world.x, Rng(3, replicate), experienced(estimator, world), groups)
+        alone = one(
+            estimator, world.model, world.x, Rng(3, replicate, "measure"), experienced(estimator, world), groups
+        )
         assert np.allclose(found[row], layout.flat(alone.gradients), rtol=1e-10, atol=1e-12)

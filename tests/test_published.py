@@ -92,7 +92,7 @@ def test_what_is_wrong_is_found(estimator: Estimator, where: str, says: str) -> 
     assert at is not None
     found = list(exact.claims(at, WORLDS["binary"], LEVELS["quick"].effort))
     broken = [claim for claim in found if claim.holds is False]
-    assert any(claim.where == where and says in claim.says for claim in broken), broken
+    assert any(claim.place == where and says in claim.says for claim in broken), broken
     card = check(estimator, "quick")
     assert not card.passed
     assert {claim.name for claim in card.broken} <= {"unbiased", "level", "no bias found"}

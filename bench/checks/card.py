@@ -66,8 +66,8 @@ class Card:
     @property
     def untested(self) -> list[str]:
         """Groups whose mean was compared with nothing, though nothing of it is declared biased."""
-        tested = {c.where.partition(",")[0] for c in self.claims if c.holds is not None and c.name in MEANS}
-        missing = {c.where.partition(",")[0] for c in self.claims if c.holds is None and c.name == "unbiased"}
+        tested = {c.group for c in self.claims if c.holds is not None and c.name in MEANS}
+        missing = {c.group for c in self.claims if c.holds is None and c.name == "unbiased"}
         return sorted(missing - tested)
 
     @property
@@ -89,7 +89,7 @@ class Card:
         lines += list(self._held())
         lines += list(self._broken())
         lines += [
-            f"  untested  {claim.where}: {claim.says}" for claim in _distinct(c for c in self.claims if c.holds is None)
+            f"  untested  {claim.place}: {claim.says}" for claim in _distinct(c for c in self.claims if c.holds is None)
         ]
         if self.planted:
             missed = [name for name, found in self.planted.items() if not found]
@@ -124,7 +124,7 @@ class Card:
         for name, claims in _by_name(self.broken).items():
             distinct = _distinct(claims)
             for claim in distinct[:SHOWN]:
-                yield f"  BROKEN    {name:<18} {claim.where}: {claim.says}"
+                yield f"  BROKEN    {name:<18} {claim.place}: {claim.says}"
             if len(claims) > len(distinct[:SHOWN]):
                 yield f"            {'':<18} and {len(claims) - len(distinct[:SHOWN])} more like these"
 
@@ -160,5 +160,5 @@ def _distinct(claims: Any) -> list[Claim]:
     found: dict[tuple[str, str], Claim] = {}
     for claim in claims:
         kind = re.sub(r"[\d.e+-]+", "", re.sub(r"'[^']*'", "", claim.says.partition(";")[0].partition(" (cos")[0]))
-        found.setdefault((claim.where.partition(",")[0] if "," in claim.where else "", kind), claim)
+        found.setdefault((claim.group, kind), claim)
     return list({kind: claim for (_, kind), claim in reversed(found.items())}.values())[::-1]

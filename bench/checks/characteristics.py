@@ -14,7 +14,7 @@ from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.differences import at
 from gradiometer.bench.checks.expectations import INVERTED, asked
 from gradiometer.bench.checks.identities import apart, experienced
-from gradiometer.bench.checks.worlds import wide
+from gradiometer.bench.checks.worlds import World, wide
 from gradiometer.bench.costs import cost
 from gradiometer.bench.measured import Measurement
 from gradiometer.bench.measurement import measure
@@ -28,13 +28,13 @@ SINGLE = 1e-3  # what rounding leaves of a mean, relative to its largest coordin
 COUNTS = (2, 4, 8, 16, 32)
 
 
-def _problem(estimator: Estimator) -> Problem:
-    return next(world.problem for world in reversed(wide()) if world.admits(estimator))
+def _world(estimator: Estimator) -> World:
+    return next(world for world in reversed(wide()) if world.admits(estimator))
 
 
 def engine_agrees(estimator: Estimator) -> Claim:
     """The moments of the way that the harness chooses, in odd chunks, are those of one replicate at a time."""
-    problem = _problem(estimator)
+    problem = _world(estimator).problem
     fast, slow = (
         measure(problem, estimator, replicates=REPLICATES, dtype=torch.float64, engine=engine, chunk=chunk)  # type: ignore[arg-type]
         for engine, chunk in (("auto", 7), ("loop", None))
@@ -46,12 +46,11 @@ def engine_agrees(estimator: Estimator) -> Claim:
 
 def single_precision(estimator: Estimator) -> Iterator[Claim]:
     """In float32, in which it will be measured, its gradients are those of float64 but for rounding."""
-    world = next(world for world in reversed(wide()) if world.admits(estimator))
-    problem = world.problem
+    world = _world(estimator)
     if any(ask.choices == INVERTED for ask in asked(estimator, world, experienced(estimator, world))):
         return  # torch draws other numbers of such a family in another precision
     single, double = (
-        measure(problem, estimator, replicates=REPLICATES, dtype=dtype, engine="loop")
+        measure(world.problem, estimator, replicates=REPLICATES, dtype=dtype, engine="loop")
         for dtype in (torch.float32, torch.float64)
     )
     off, name = apart(_tensors(single.mean), _tensors(double.mean))
@@ -60,7 +59,7 @@ def single_precision(estimator: Estimator) -> Iterator[Claim]:
         if off < SINGLE
         else f"in float32 its mean is another, in {name!r}"
     )
-    yield Claim("precision", off < SINGLE, problem.name, said, off, SINGLE)
+    yield Claim("precision", off < SINGLE, world.name, said, off, SINGLE)
 
 
 def _tensors(of: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -68,7 +67,7 @@ def _tensors(of: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def characteristics(estimator: Estimator, level: str) -> dict[str, Any]:
-    problem = _problem(estimator)
+    problem = _world(estimator).problem
     measured = measure(problem, estimator, replicates=64)
     found: dict[str, Any] = {"evaluations": measured.evaluations, "engine": measured.engine}
     plain = at(parse("sgvb-a" if "gaussian" in problem.name else "reinforce"), estimator.K)

@@ -13,10 +13,11 @@ class Claim:
     Attributes:
         name: what kind of claim, in one or two words.
         holds: None if it could not be tested.
-        where: the world, K and groups.
+        where: the world and K.
         says: what was found, in a sentence.
         off: the error, relative to what `says` names; nan where there is no size.
         detectable: the smallest error that would have been seen, likewise.
+        group: of parameters, if it is of one.
     """
 
     name: str
@@ -25,6 +26,12 @@ class Claim:
     says: str
     off: float = math.nan
     detectable: float = math.nan
+    group: str = ""
+
+    @property
+    def place(self) -> str:
+        """Group, world and K."""
+        return f"{self.group}, {self.where}" if self.group else self.where
 
 
 class Broken(Exception):

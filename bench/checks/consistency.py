@@ -12,7 +12,7 @@ from gradiometer.bench.checks.differences import at
 from gradiometer.bench.checks.exact import Planted, wanted_of
 from gradiometer.bench.checks.expectations import Effort, expectation
 from gradiometer.bench.checks.identities import experienced
-from gradiometer.bench.checks.worlds import World, bit, gaussian
+from gradiometer.bench.checks.worlds import World, bit, broad
 from gradiometer.estimators.base import Estimator
 
 COUNTS = (4, 8, 16)
@@ -22,19 +22,19 @@ SMALL = 0.005  # what extrapolation may leave of a bias, relative to a tensor's 
 def consistent(estimator: Estimator, effort: Effort, planted: Planted | None = None) -> Iterator[Claim]:
     """For every group that is declared consistent: its bias falls with K, and extrapolates to nothing."""
     groups = estimator.facts.consistent
-    world = next((world for world in (bit(), gaussian()) if world.admits(estimator)), None)
+    world = next((world for world in (bit(), broad()) if world.admits(estimator)), None)
     if not groups or world is None:
         return
     biases = [_bias(estimator, world, K, effort, planted) for K in COUNTS]
     for group in groups:
-        where = f"{group}, {world.name}, K = {COUNTS[0]} to {COUNTS[-1]}"
+        where = f"{world.name}, K = {COUNTS[0]} to {COUNTS[-1]}"
         sizes = [max(float(of.mean(0).abs().max()) / scale for of, scale in bias[group].values()) for bias in biases]
         left = max(
             (_left([bias[group][name] for bias in biases]) for name in biases[0][group]), key=lambda of: of[0] / of[1]
         )
         holds = sizes[0] > sizes[1] > sizes[2] and left[0] < left[1]
         said = "its bias goes " + ", ".join(f"{size:.2g}" for size in sizes) + f", and extrapolates to {left[0]:.1g}"
-        yield Claim("consistent", holds, where, said, *left)
+        yield Claim("consistent", holds, where, said, *left, group)
 
 
 def _left(biases: list[tuple[Tensor, float]]) -> tuple[float, float]:
@@ -56,8 +56,9 @@ def _bias(
     found = found if planted is None else planted(found)
     result: dict[str, dict[str, tuple[Tensor, float]]] = {}
     for group in estimator.facts.consistent:
-        wanted = wanted_of(one, world, group, effort)
-        assert wanted is not None
+        made = wanted_of(one, world, one.facts.objective_of(group), effort)
+        assert made is not None
+        wanted = made.gradients
         names = [name for name in found if name.split(".")[0] in world.model.groups[group]]
         result[group] = {n: (found[n] - wanted[n], float(wanted[n].mean(0).abs().max())) for n in names}
     return result

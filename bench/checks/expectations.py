@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -125,15 +126,11 @@ class Nodes:
 
 def asked(estimator: Estimator, world: World, state: State) -> list[Ask]:
     """The noise that one gradient takes, per data point."""
-    nodes = Nodes(None, exact=True, single=not _rows(estimator))
+    nodes = Nodes(None, exact=True, single=not estimator.facts.in_batches)
     x = world.x if nodes.single else world.x.unsqueeze(0)
     for _ in surrogates(estimator, world.model, x, nodes, state):  # type: ignore[arg-type]
         pass
     return nodes.asks
-
-
-def _rows(estimator: Estimator) -> bool:
-    return estimator.facts.replicates_as_rows and not estimator.facts.couples_data
 
 
 @dataclass(frozen=True)
@@ -179,33 +176,32 @@ def expectation(
     seed: int = 0,
     smooth: bool = True,
     objective: Objective | None = None,
+    gradients: bool = True,
 ) -> Expectation:
     """The expectation of what the estimator gives, by parameter of the model and of what it learns.
 
     Args:
         seed: of a Sobol rule's randomisations.
         smooth: quadrature is exact enough; not where a network with kinks moves the particles.
-        objective: of the log weights, in the place of the estimator's own; then gradients are not taken.
+        objective: of the log weights, in the place of the estimator's own.
+        gradients: whether they are wanted, or values alone.
 
     Raises:
         NotImplementedError: it draws from a family that cannot be enumerated or inverted.
     """
-    asks, rows = asked(estimator, world, state), _rows(estimator)
+    asks, rows = asked(estimator, world, state), estimator.facts.in_batches
+    over = partial(_over, estimator, world, state, objective or estimator.objective, gradients)
     rule = _product(asks, world) if rows and smooth else None
     if rule is not None:
-        found = [_over(estimator, world, state, Nodes(*rule, exact=True), len(rule[0]), objective)]
+        found = [over(Nodes(*rule, exact=True), len(rule[0]))]
     else:
         scalars = sum(ask.size for ask in asks)
         found = [
-            _over(estimator, world, state, Nodes(columns, exact=False), len(columns), objective)
-            if rows
-            else _one_by_one(estimator, world, state, columns, objective)
+            over(Nodes(columns, exact=False), len(columns)) if rows else _one_by_one(over, columns)
             for columns in sobol(scalars, effort, seed, fewer=0 if rows else 3)
         ]
-    gradients = {name: torch.stack([of[0][name] for of in found]) for name in found[0][0]}
-    return Expectation(
-        gradients, _stacked([of[1] for of in found]), _stacked([of[2] for of in found]), rule is not None
-    )
+    samples = {name: torch.stack([of[0][name] for of in found]) for name in found[0][0]}
+    return Expectation(samples, _stacked([of[1] for of in found]), _stacked([of[2] for of in found]), rule is not None)
 
 
 def _stacked(values: Sequence[Tensor | None]) -> Tensor | None:
@@ -244,13 +240,9 @@ def sobol(scalars: int, effort: Effort, seed: int, fewer: int = 0) -> list[Tenso
 Means = tuple[Gradients, Tensor | None, Tensor | None]  # of gradients, the objective, and terms' own value
 
 
-def _one_by_one(
-    estimator: Estimator, world: World, state: State, columns: Tensor, objective: Objective | None
-) -> Means:
+def _one_by_one(over: Callable[[Nodes, int], Means], columns: Tensor) -> Means:
     """Likewise, of an estimator whose replicates cannot be rows."""
-    made = [
-        _over(estimator, world, state, Nodes(of.unsqueeze(0), exact=False, single=True), 0, objective) for of in columns
-    ]
+    made = [over(Nodes(of.unsqueeze(0), exact=False, single=True), 0) for of in columns]
     gradients = {name: torch.stack([of[0][name] for of in made]).mean(0) for name in made[0][0]}
     means = [_stacked([of[i] for of in made]) for i in (1, 2)]  # type: ignore[misc]
     first, second = (None if mean is None else mean.mean() for mean in means)
@@ -258,7 +250,13 @@ def _one_by_one(
 
 
 def _over(
-    estimator: Estimator, world: World, state: State, nodes: Nodes, rows: int, objective: Objective | None
+    estimator: Estimator,
+    world: World,
+    state: State,
+    objective: Objective,
+    gradients: bool,
+    nodes: Nodes,
+    rows: int,
 ) -> Means:
     """Weighted means over the rows of a rule."""
     x = world.x.expand(rows, *world.x.shape) if rows else world.x  # [T, B, ...]
@@ -271,10 +269,10 @@ def _over(
 
     for surrogate in surrogates(estimator, world.model, x, nodes, state):  # type: ignore[arg-type]
         for group, term in surrogate.terms.items():
-            if objective is None and group in parameters and term.requires_grad:
+            if gradients and group in parameters and term.requires_grad:
                 add(total, parameters[group], mean(term))
         if surrogate.log_w is not None:
-            of_weights = mean((objective or estimator.objective)(surrogate.log_w)).detach()
+            of_weights = mean(objective(surrogate.log_w)).detach()
         if surrogate.value is not None:
             own = mean(surrogate.value).detach()
     return total, of_weights, own

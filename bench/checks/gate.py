@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -77,10 +76,15 @@ def check(estimator: Estimator, level: Level = "quick") -> Card:
                 break  # its expectation means nothing
         claims = _settled(claims)
         if not any(claim.holds is False for claim in claims):
-            planted = dict(_planted(estimator, worlds, how))
+            try:
+                planted = dict(_planted(estimator, worlds, how))
+            except Broken as broken:
+                claims.append(Claim("planted", None, "mistakes in it", str(broken)))
             claims += _guarded("engine", lambda: [engine_agrees(estimator), *single_precision(estimator)])
-            with contextlib.suppress(Exception):
+            try:
                 about = characteristics(estimator, level)
+            except Exception as error:  # of a stranger's code; what it costs is no claim of its
+                claims.append(Claim("measured", None, "its characteristics", _sentence(error)))
     seconds = time.perf_counter() - began
     return replace(_blank(estimator, level), claims=claims, planted=planted, about=about, seconds=seconds)
 
@@ -106,9 +110,12 @@ def _guarded(name: str, part: Any) -> list[Claim]:
     except Broken as broken:
         found.append(Claim("runs", False, name.strip("_"), str(broken)))
     except Exception as error:
-        said = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        found.append(Claim("runs", False, name.strip("_"), said))
+        found.append(Claim("runs", False, name.strip("_"), _sentence(error)))
     return found
+
+
+def _sentence(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def _identities(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[Claim]:
@@ -127,10 +134,8 @@ def _exact(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> 
             if world.most >= one.K:
                 yield from exact.claims(one, world, how.effort)
     if not any(nested(estimator, world) for world in worlds):
-        for world, most in (
-            (bit(), 12),
-            (gaussian(), 16),
-        ):  # at its own K, where outcomes are few or integrated by Sobol points
+        # At its own K, where outcomes are few or integrated by Sobol points.
+        for world, most in ((bit(), 12), (gaussian(), 16)):
             if world.admits(estimator) and how.particles[-1] < estimator.K <= most:
                 yield from exact.claims(estimator, world, how.effort)
     few = at(estimator, max(2, estimator.facts.least_particles))
@@ -155,28 +160,29 @@ def _statistical(estimator: Estimator, worlds: Sequence[World], how: Thoroughnes
 
 def _settled(claims: Sequence[Claim]) -> list[Claim]:
     """A bias that was declared need show on one world only; where it does not, on none, the claim is broken."""
-    shown = {c.where.split(",")[0] for c in claims if c.name == "biased as declared" and c.holds}
+    shown = {c.group for c in claims if c.name == "biased as declared" and c.holds}
     kept = [c for c in claims if c.name != "biased as declared" or c.holds or c.holds is None]
     missing: dict[str, Claim] = {}
     for claim in claims:
-        group = claim.where.split(",")[0]
-        if claim.name == "biased as declared" and claim.holds is False and group not in shown:
+        if claim.name == "biased as declared" and claim.holds is False and claim.group not in shown:
             said = f"declared biased, and unbiased wherever it was looked at (off by {claim.off:.1g}): drop it from `biased`"
-            missing.setdefault(group, replace(claim, says=said))
+            missing.setdefault(claim.group, replace(claim, says=said))
     return [*kept, *missing.values()]
 
 
 def _planted(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[tuple[str, bool]]:
-    for world in worlds if how.everywhere else worlds[:1]:
-        small_one = at(estimator, max(2, estimator.facts.least_particles)) or estimator
-        state = identities.experienced(small_one, world)
+    """Mistakes, and whether each was refused by the claims that let the estimator itself pass."""
+    few = at(estimator, max(2, estimator.facts.least_particles)) or estimator
+    for world in (w for w in worlds[: None if how.everywhere else 1] if w.most >= few.K or w is worlds[0]):
+        if _refused(Fault("nothing", few), world, how):
+            raise Broken(f"{few} is refused on {world.name} without one, too, so that finding them says nothing")
+        state = identities.experienced(few, world)
         groups = {g: m for g, m in trainable(world.model, state).items() if g in world.model.groups}
-        for fault in faults(small_one, groups):
-            found = _found(fault, world, how)
-            yield f"{fault.name} ({world.name})", found
+        for fault in faults(few, groups):
+            yield f"{fault.name} ({world.name})", _refused(fault, world, how)
 
 
-def _found(fault: Fault, world: World, how: Thoroughness) -> bool:
+def _refused(fault: Fault, world: World, how: Thoroughness) -> bool:
     try:
         claims = [*exact.claims(fault.estimator, world, how.effort, fault.planted)]
         claims += consistent(fault.estimator, how.effort, fault.planted)

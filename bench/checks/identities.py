@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gradiometer.bench.checks.claims import Broken, Claim
 from gradiometer.bench.checks.expectations import add
-from gradiometer.bench.checks.worlds import Conjugate, World, _bits
+from gradiometer.bench.checks.worlds import Conjugate, World, bits
 from gradiometer.bench.gradients import Draw, one, surrogates, trainable
-from gradiometer.bench.training import initial_state, learning_step
+from gradiometer.bench.training import initial_state, learn
 from gradiometer.estimators.base import Estimator, State, Surrogate
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import configured, parse
@@ -26,20 +26,13 @@ LEARNT = 8  # steps from which an estimator's memory is not what it was at birth
 def experienced(estimator: Estimator, world: World, seed: int = 0) -> State:
     """Memory that a few steps have moved from where it began; claims must hold whatever is remembered."""
     state = initial_state(estimator, world.model, world.x, seed)
-    if not (state.tracked or state.learned):
-        return state
-    learned = {g: m for g, m in trainable(world.model, state).items() if g in state.learned}
-    members = [p for of in learned.values() for p in of.values()]
-    optimizer = torch.optim.SGD(members or [torch.zeros(1)], 0.0)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in members:
+    for parameter in _learned(state):
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-    for step in range(LEARNT):
-        rng = Rng(seed, step, "settle", block=1)
-        try:
-            learning_step(estimator, world.model, world.x, rng, state, learned, optimizer)
-        except RuntimeError as error:
-            raise Broken(f"a step of learning fails: {str(error).partition('.')[0]}") from error
+    try:
+        learn(estimator, world.model, world.x, state, LEARNT, seed, rate=0.0)  # averages follow, and modules are held
+    except RuntimeError as error:
+        raise Broken(f"a step of learning fails: {str(error).partition('.')[0]}") from error
     return state
 
 
@@ -48,7 +41,7 @@ def identities(estimator: Estimator, world: World) -> Iterator[Claim]:
     where = f"{world.name}, K = {estimator.K}"
     for name, test in TESTS.items():
         if name in ("rows", "data apart") and (
-            estimator.facts.couples_data or (name == "rows" and not estimator.facts.replicates_as_rows)
+            estimator.facts.couples_data or (name == "rows" and not estimator.facts.in_batches)
         ):
             continue
         claim = _claimed(name, where, partial(test, estimator, world))
@@ -57,8 +50,8 @@ def identities(estimator: Estimator, world: World) -> Iterator[Claim]:
         if name in FIRST and not claim.holds:
             return
     for settings, word in estimator.facts.same_draws.items():
-        if (pair := _pair(estimator, settings, word, world)) is not None:
-            yield _claimed("same draws", world.name, partial(_same_draws, *pair, world))
+        if (both := pair(estimator, settings, word, world)) is not None:
+            yield _claimed("same draws", world.name, partial(_same_draws, *both, world))
 
 
 def _claimed(name: str, where: str, test: Callable[[], str]) -> Claim:
@@ -68,14 +61,14 @@ def _claimed(name: str, where: str, test: Callable[[], str]) -> Claim:
         return Claim(name, False, where, str(broken))
 
 
-def _pair(estimator: Estimator, settings: str, word: str, world: World) -> tuple[Estimator, Estimator] | None:
+def pair(estimator: Estimator, settings: str, word: str, world: World) -> tuple[Estimator, Estimator] | None:
     """This estimator at some settings and its equal at the same K; None where either cannot be."""
     name = estimator.facts.name
     given = {f.name: getattr(estimator, f.name) for f in dataclasses.fields(estimator)}
-    text = [pair.split("=") for pair in settings.split(",") if pair]
+    keys = [setting.partition("=")[0] for setting in settings.split(",") if setting]
     asked = configured(type(estimator), name, settings)
     try:
-        own = type(estimator)(**(given | {key: getattr(asked, key) for key, _ in text}))
+        own = type(estimator)(**(given | {key: getattr(asked, key) for key in keys}))
         other = parse(f"{word}{',' if ':' in word else ':'}K={own.K}")
     except ValueError as error:
         if "needs K" in str(error):
@@ -175,7 +168,7 @@ def _learns(estimator: Estimator, world: World) -> str:
     """What is learned beside the estimate has a gradient from `learn`, in every parameter, and none from the surrogate."""
     state = experienced(estimator, world)
     groups = {group: list(module.parameters()) for group, module in state.learned.items()}
-    own = {group: members for group, members in groups.items() if group not in named(estimator)}
+    own = {group: members for group, members in groups.items() if group not in estimator.facts.named}
     terms = estimator.learn(world.model, world.x, Rng(3, 0), state)
     if others := sorted(set(terms) - set(groups)):
         raise Broken(
@@ -198,12 +191,6 @@ def _learns(estimator: Estimator, world: World) -> str:
                     f"the surrogate has a term of {group!r}, which is no part of the estimate: put it into learn()"
                 )
     return f"learn() trains {', '.join(own)}"
-
-
-def named(estimator: Estimator) -> set[str]:
-    """The groups that its facts name one by one."""
-    objective = estimator.facts.objective
-    return set() if isinstance(objective, str) else set(objective)
 
 
 def _rows(estimator: Estimator, world: World) -> str:
@@ -282,7 +269,7 @@ def _same_draws(own: Estimator, other: Estimator, world: World) -> str:
 def noiseless(estimator: Estimator) -> Claim | None:
     """At the exact posterior the inference gradient is zero in every draw, and near it it is not; None if that is not claimed."""
     where = f"exact posterior, K = {estimator.K}"
-    x = _bits(3, 2) - 0.3
+    x = bits(3, 2) - 0.3
     exact, near = World("posterior", Conjugate(), x), World("near it", Conjugate(off=0.1), x)
     if not estimator.facts.noiseless or not exact.admits(estimator):
         return None

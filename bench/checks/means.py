@@ -8,22 +8,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradiometer.bench.batched import Batch, dense
+from gradiometer.bench.batched import dense
 from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.differences import at
-from gradiometer.bench.checks.identities import experienced, named
+from gradiometer.bench.checks.identities import experienced
 from gradiometer.bench.checks.targets import objective_of, target
 from gradiometer.bench.checks.trials import Array, Schedule, Source, Verdict, trial
 from gradiometer.bench.checks.worlds import World
-from gradiometer.bench.gradients import one, trainable
-from gradiometer.bench.training import initial_state, learning_step
+from gradiometer.bench.gradients import trainable
+from gradiometer.bench.replicates import MEMORY, Subject, draws, plans
+from gradiometer.bench.training import initial_state, learn
 from gradiometer.estimators.base import Estimator, State
-from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import parse
 
-LEARNING, STEPS = 1024, 150  # replicates of a variance, and steps of learning between two of them
+SEED = 11  # the same for both of two estimators: they are told apart on the same noise
+LEARNING = 1024  # replicates of a variance
+STEPS, RATE = 150, 1e-2  # of learning between two of them
 NOISIER = 1.2  # by how much learning may multiply it: the variances are estimates
-CHUNK = 512  # replicates whose gradients are held at once
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ def _errors(
 ) -> tuple[Source, Array, Layout, str] | None:
     """What a trial takes: errors of replicates, the exact or trusted gradient, where everything lies, and its name."""
     layout = Layout.of(groups)
-    own = gradients(estimator, world, layout)
+    own = gradients(estimator, world, layout, experienced(estimator, world))
     if (exact := _exact(estimator, world, groups)) is not None:
         wanted = layout.flat(exact)
         return (lambda r: own(r) - wanted), wanted, layout, "the exact gradient"
     if (trusted := _trusted(estimator, world)) is None:
         return None
-    theirs = gradients(trusted, world, layout)
+    theirs = gradients(trusted, world, layout, experienced(trusted, world))
     return (lambda r: own(r) - theirs(r)), theirs(range(4096)).mean(0), layout, f"{trusted} on the same noise"
 
 
@@ -99,8 +100,8 @@ def _exact(
     """The exact gradient of every group, where particles are few enough to be enumerated."""
     found: dict[str, torch.Tensor] = {}
     for group, members in groups.items():
-        of_elbo = estimator.facts.objective_of(group) == "elbo"
-        objective = objective_of(estimator, group)
+        name = estimator.facts.objective_of(group)
+        of_elbo, objective = name == "elbo", objective_of(estimator, name)
         if objective is None or "binary" not in world.name or (estimator.K > 8 and not of_elbo):
             return None
         gradient = target(world, objective, 1 if of_elbo else estimator.K)[0]
@@ -125,54 +126,29 @@ def _trusted(estimator: Estimator, world: World) -> Estimator | None:
 def learning_helps(estimator: Estimator, world: World) -> Iterator[Claim]:
     """A claim on what is learned beside the estimate: some steps of it leave the inference gradient no noisier."""
     state = initial_state(estimator, world.model, world.x, 0)
-    learned = {g: m for g, m in trainable(world.model, state).items() if g in set(state.learned) - named(estimator)}
-    if not learned:
+    if not set(state.learned) - set(estimator.facts.named):
         return
     layout = Layout.of({"inference": trainable(world.model, State())["inference"]})
-    noise = [float(gradients(estimator, world, layout, 11, state)(range(LEARNING)).var(0).sum())]
-    optimizer = torch.optim.Adam([p for of in learned.values() for p in of.values()], 1e-2)
-    for step in range(STEPS):
-        rng = Rng(0, step, "settle", block=1)
-        learning_step(estimator, world.model, world.x, rng, state, learned, optimizer)
-    noise.append(float(gradients(estimator, world, layout, 11, state)(range(LEARNING)).var(0).sum()))
+    noise = [float(gradients(estimator, world, layout, state)(range(LEARNING)).var(0).sum())]
+    learn(estimator, world.model, world.x, state, STEPS, 0, rate=RATE)
+    noise.append(float(gradients(estimator, world, layout, state)(range(LEARNING)).var(0).sum()))
     ratio = noise[1] / noise[0]
     said = f"{STEPS} steps of learning multiply the variance of its inference gradient by {ratio:.2g}"
-    yield Claim("learning", ratio < NOISIER, f"inference, {world.name}, K = {estimator.K}", said, ratio, NOISIER)
+    where = f"{world.name}, K = {estimator.K}"
+    yield Claim("learning", ratio < NOISIER, where, said, ratio, NOISIER, "inference")
 
 
-def gradients(estimator: Estimator, world: World, layout: Layout, seed: int = 11, state: State | None = None) -> Source:
-    """A source of an estimator's gradients, flat ``[n, P]``: in batches, or one by one where they cannot be rows."""
-    state = experienced(estimator, world) if state is None else state
-    parameters = trainable(world.model, state)
-
-    def batched(replicates: range) -> Array:
-        made = Batch([estimator], world.model, world.x, [state], parameters, by_columns=False).draw(
-            Rng(seed, replicates)
-        )
-        found = dense(made, 0, parameters).gradients
-        flat = [found[name].detach().reshape(len(replicates), -1).double().numpy() for name in layout.columns]
-        return np.concatenate(flat, 1)
-
-    def single(replicates: range) -> Array:
-        held: dict = {}
-        rows = [one(estimator, world.model, world.x, Rng(seed, r, held=held), state, parameters) for r in replicates]
-        return np.stack([layout.flat(row.gradients) for row in rows])
-
-    make = batched if _batches(estimator, batched) else single
+def gradients(estimator: Estimator, world: World, layout: Layout, state: State, seed: int = SEED) -> Source:
+    """A source of an estimator's gradients, flat ``[n, P]``, made as the harness makes them."""
+    subject = Subject(estimator, world.model, world.x, state, trainable(world.model, state))
+    (plan,) = plans([subject], "auto", seed, MEMORY, None)
 
     def source(replicates: range) -> Array:
-        starts = range(replicates.start, replicates.stop, CHUNK)
-        return np.concatenate([make(range(s, min(s + CHUNK, replicates.stop))) for s in starts])
+        rows = []
+        for some, made in draws(plan, seed, replicates):
+            found = dense(made, 0, subject.parameters).gradients
+            flat = [found[name].reshape(len(some), -1) for name in layout.columns]
+            rows.append(torch.cat(flat, 1).detach().double().numpy())
+        return np.concatenate(rows)
 
     return source
-
-
-def _batches(estimator: Estimator, batched: Source) -> bool:
-    """Whether replicates can be taken in batches; that these are right is a claim of its own."""
-    if not estimator.facts.replicates_as_rows or estimator.facts.couples_data:
-        return False
-    try:
-        batched(range(2))
-    except Exception:  # a stranger's code may do anything when its rows are many
-        return False
-    return True

@@ -15,7 +15,6 @@ from torch import Tensor
 from gradiometer.bench.checks.claims import Claim
 from gradiometer.bench.checks.differences import Difference, statistical
 from gradiometer.bench.checks.expectations import Effort, Gradients, Objective, expectation
-from gradiometer.bench.checks.identities import named
 from gradiometer.bench.checks.targets import OBJECTIVES
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import trainable
@@ -26,26 +25,27 @@ STEP = 1e-4  # of finite differences
 
 def nested(estimator: Estimator, world: World) -> bool:
     """Whether it learns moves of its own, and ascends a bound of theirs."""
-    return bool(named(estimator) - set(world.model.groups))
+    return bool(estimator.facts.named - set(world.model.groups))
 
 
 def of_last_weights(
     estimator: Estimator, world: World, state: State, group: str, samples: Gradients, effort: Effort
 ) -> Claim:
     """The claim of a nested estimator's group: the gradient of a bound of the last weights."""
-    where = f"{group}, {world.name}, K = {estimator.K}"
-    name = estimator.facts.objective_of(group)
+    where, name = f"{world.name}, K = {estimator.K}", estimator.facts.objective_of(group)
     if group in estimator.facts.biased:
-        return Claim("biased as declared", None, where, f"there is no exact gradient of {name!r} to compare with")
+        said = f"there is no exact gradient of {name!r} to compare with"
+        return Claim("biased as declared", None, where, said, group=group)
     own: Mapping[str, Objective] = {"nested KL": OBJECTIVES["elbo"]}
     objective = own.get(name, estimator.objective)
 
     def value() -> Tensor:
-        found = expectation(estimator, world, state, effort, smooth=False, objective=objective).objective
-        assert found is not None
-        return found
+        made = expectation(estimator, world, state, effort, smooth=False, objective=objective, gradients=False)
+        assert made.objective is not None
+        return made.objective
 
-    return _claim("unbiased", f"its {name}", where, value, trainable(world.model, state)[group], samples, effort)
+    held, said, slope = _along(f"its {name}", value, trainable(world.model, state)[group], samples, effort)
+    return Claim("unbiased", held, where, said, slope.off, slope.detectable, group)
 
 
 def of_own_value(
@@ -54,33 +54,25 @@ def of_own_value(
     """The claim of terms that are the derivative of one function, whose mean may be another than the objective."""
 
     def value() -> Tensor:
-        found = expectation(estimator, world, state, effort, objective=lambda log_w: log_w[0]).value
-        assert found is not None
-        return found
+        made = expectation(estimator, world, state, effort, gradients=False)
+        assert made.value is not None
+        return made.value
 
-    where = f"{group}, {world.name}, K = {estimator.K}"
-    members = trainable(world.model, state)[group]
-    return _claim("own value", "the value it names", where, value, members, samples, effort)
+    held, said, slope = _along("the value it names", value, trainable(world.model, state)[group], samples, effort)
+    return Claim("own value", held, f"{world.name}, K = {estimator.K}", said, slope.off, slope.detectable, group)
 
 
-def _claim(
-    kind: str,
-    name: str,
-    where: str,
-    value: Callable[[], Tensor],
-    members: Mapping[str, Tensor],
-    samples: Gradients,
-    effort: Effort,
-) -> Claim:
-    """Along random directions, against finite differences of a value's mean; tensor by tensor, if they differ."""
+def _along(
+    name: str, value: Callable[[], Tensor], members: Mapping[str, Tensor], samples: Gradients, effort: Effort
+) -> tuple[bool, str, Difference]:
+    """Along a random direction, against finite differences of a value's mean; tensor by tensor, if they differ."""
     slope = _slope(value, members, samples, effort)
     if not slope.shows:
-        said = f"the gradient of {name}, by finite differences of its mean"
-        return Claim(kind, True, where, said, slope.off, slope.detectable)
+        return True, f"the gradient of {name}, by finite differences of its mean", slope
     alone = [_slope(value, {n: p}, samples, effort) for n, p in members.items()]
     slope = max([slope, *alone], key=lambda found: found.off / found.detectable)
     said = f"not the gradient of {name}: along {slope.tensor!r} it is off by {slope.off:.2g} of its norm"
-    return Claim(kind, False, where, said, slope.off, slope.detectable)
+    return False, said, slope
 
 
 def _slope(

@@ -26,9 +26,8 @@ OBJECTIVES: Mapping[str, Objective] = {
 INCLUSIVE = "inclusive KL"
 
 
-def objective_of(estimator: Estimator, group: str) -> Objective | None:
-    """The function of K log weights whose expectation a group ascends; None if there is none or it is not known."""
-    name = estimator.facts.objective_of(group)
+def objective_of(estimator: Estimator, name: str) -> Objective | None:
+    """The function of K log weights that an objective of the estimator's is the expectation of; None if it is not known."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     return estimator.objective if name and name == estimator.facts.objective_of("generative") else None

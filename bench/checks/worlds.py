@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -63,7 +63,8 @@ def _scrambled(model: nn.Module, seed: int, scale: float) -> nn.Module:
     return model
 
 
-def _bits(rows: int, columns: int) -> Tensor:
+def bits(rows: int, columns: int) -> Tensor:
+    """Binary data ``[rows, columns]``, always the same."""
     generator = torch.Generator().manual_seed(100 * rows + columns)
     return torch.bernoulli(torch.full((rows, columns), 0.4), generator=generator).double()
 
@@ -97,30 +98,38 @@ def small() -> list[World]:
     categorical = _vae(4, 1.0, data=4, hidden=(3,), latent=(2,), kind="categorical", classes=3)
     layers = _vae(8, 0.3, data=3, hidden=(3,), latent=(1, 1), between=(2,))
     return [
-        World("binary", _vae(5, 1.2, latent=(2,), **binary), _bits(4, 4)),
-        World("categorical", categorical, _bits(4, 4), most=3),
+        World("binary", _vae(5, 1.2, latent=(2,), **binary), bits(4, 4)),
+        World("categorical", categorical, bits(4, 4), most=3),
         gaussian(),
         # A prior and a likelihood other than the usual ones, and two latents in one layer.
-        World("shifted prior", _scrambled(GaussianToy(2), 12, 0.5), _bits(4, 2) - 0.3, {2: 16, 4: 16}, 1e-3, 2),
-        World("two binary layers", _vae(7, 0.9, latent=(1, 1), between=(2,), **binary), _bits(4, 4)),
-        World("two gaussian layers", layers, _bits(4, 3), {1: 40, 2: 16, 4: 16}, 1e-3, 2),
+        World("shifted prior", _scrambled(GaussianToy(2), 12, 0.5), bits(4, 2) - 0.3, {2: 16, 4: 16}, 1e-3, 2),
+        World("two binary layers", _vae(7, 0.9, latent=(1, 1), between=(2,), **binary), bits(4, 4)),
+        World("two gaussian layers", layers, bits(4, 3), {1: 40, 2: 16, 4: 16}, 1e-3, 2),
     ]
 
 
 def gaussian() -> World:
     """One Gaussian latent."""
-    return World("gaussian", _vae(6, 0.4, data=3, hidden=(3,), latent=(1,)), _bits(4, 3), accuracy=2e-4, most=3)
+    return World("gaussian", _vae(6, 0.4, data=3, hidden=(3,), latent=(1,)), bits(4, 3), accuracy=2e-4, most=3)
+
+
+def broad() -> World:
+    """The same under a guide that is wider than the posterior: log weights are bounded, and biases are series in 1/K."""
+    world = gaussian()
+    with torch.no_grad():
+        world.model.get_parameter("encoder.net.2.bias")[1] += 0.3  # of the logarithm of the standard deviation
+    return replace(world, name="broad gaussian")
 
 
 def bit() -> World:
     """One binary latent, so that many particles have few outcomes."""
-    return World("one bit", _vae(13, 0.6, data=3, hidden=(2,), latent=(1,), kind="bernoulli"), _bits(2, 3))
+    return World("one bit", _vae(13, 0.6, data=3, hidden=(2,), latent=(1,), kind="bernoulli"), bits(2, 3))
 
 
 def wide() -> list[World]:
     """Of about a thousand parameters, where expectations are estimated."""
     sizes = {"data": 20, "hidden": (20,)}
     return [
-        World("wide binary", _vae(9, 0.35, latent=(3,), kind="bernoulli", **sizes), _bits(4, 20)),
-        World("wide gaussian", _vae(10, 0.3, latent=(4,), **sizes), _bits(4, 20)),
+        World("wide binary", _vae(9, 0.35, latent=(3,), kind="bernoulli", **sizes), bits(4, 20)),
+        World("wide gaussian", _vae(10, 0.3, latent=(4,), **sizes), bits(4, 20)),
     ]

@@ -6,7 +6,6 @@ that `gradiometer check --level full` runs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from gradiometer.bench import machine
+from gradiometer.bench import machine, store
 from gradiometer.bench.checks import exact
 from gradiometer.bench.checks.differences import at
 from gradiometer.bench.checks.faults import scaled
@@ -61,17 +60,18 @@ class Bench:
 
     def run(self, fault: Fault, schedule: Schedule, seed: int) -> tuple[bool, int]:
         estimator = parse(self.word)
-        groups = trainable(self.world.model, experienced(estimator, self.world))
-        groups = {g: m for g, m in groups.items() if g in self.world.model.groups}
+        state = experienced(estimator, self.world)
+        groups = {g: m for g, m in trainable(self.world.model, state).items() if g in self.world.model.groups}
         layout = Layout.of(groups)
-        own = gradients(estimator, self.world, layout, seed)
+        own = gradients(estimator, self.world, layout, state, seed)
         towards, reference = self._reference(layout, seed)
         verdict = trial(lambda r: fault(own(r), layout) - reference(r), layout.blocks, towards, schedule, seed)
         return verdict.found, verdict.replicates
 
     def _reference(self, layout: Layout, seed: int) -> tuple[Array, Source]:
         if self.trusted:
-            theirs = gradients(parse(self.trusted), self.world, layout, seed)
+            trusted = parse(self.trusted)
+            theirs = gradients(trusted, self.world, layout, experienced(trusted, self.world), seed)
             return theirs(range(1024)).mean(0), theirs
         name = parse(self.word).facts.objective_of("generative")
         wanted, _ = target(self.world, OBJECTIVES[name], parse(self.word).K if name == "iwelbo" else 1)
@@ -204,11 +204,8 @@ def main(out: Path, runs: int, false_alarms: int) -> None:
     about = machine.describe()
     out.mkdir(parents=True, exist_ok=True)
     (out / "power.md").write_text(table(found, about), encoding="utf-8")
-    (out / "power.json").write_text(
-        json.dumps({"about": about, "lines": [asdict(line) | {"interval": line.interval} for line in found]}, indent=1)
-        + "\n",
-        encoding="utf-8",
-    )
+    rows = [asdict(line) | {"interval": line.interval} for line in found]
+    store.publish(out / "power.json", {"about": about, "lines": rows})
 
 
 if __name__ == "__main__":
