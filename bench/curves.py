@@ -100,8 +100,13 @@ def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mappin
     return Plot(f"training-{metric.removeprefix('test_')}-{problem}", title, caption, figure)
 
 
-def cost_plane(found: pd.DataFrame, problem: str, budget: str, look: Mapping[str, Look]) -> Plot:
-    """Error against cost per gradient, a panel per group, with lines of equal product and the Pareto front."""
+def cost_plane(found: pd.DataFrame, unknown: pd.DataFrame, problem: str, budget: str, look: Mapping[str, Look]) -> Plot:
+    """Error against cost per gradient, a panel per group, with lines of equal product and the Pareto front.
+
+    Args:
+        found: as `figures.cost_plane` returns it, of one problem.
+        unknown: the rows of estimators whose error is not known, which the caption names.
+    """
     groups, of = figures.shared_groups(found), "mse" if (found["of"] == "mse").any() else "variance"
     axis, cost, spent = BUDGETS[budget]
     wide = 3.4 if found["label"].nunique() <= 10 else 4.2
@@ -131,6 +136,10 @@ def cost_plane(found: pd.DataFrame, problem: str, budget: str, look: Mapping[str
         f"the same, so a fixed {spent} buys the same error; each line is worth ten of the next. Black rims mark the Pareto front, "
         "which no other estimator here surely dominates; the dashed steps are the front of the values alone. Bars: 95 % intervals."
     )
+    if len(unknown):
+        of_groups = unknown.drop_duplicates(["label", "group"]).groupby("group", sort=False)["label"]
+        said = [f"{', '.join(labels)} ({selection.group_words(str(group))})" for group, labels in of_groups]
+        caption += f" Left out, since biased by an amount that was not measured: {'; '.join(said)}."
     return Plot(
         f"{'cost' if budget == 'seconds' else budget}-{problem}",
         title,

@@ -12,7 +12,7 @@ from gradiometer.bench import figures, selection
 from gradiometer.bench.compare import paired_ratio, value_of
 from gradiometer.bench.efficiency import Work, times, work
 from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.statistics import Value, exact, student
+from gradiometer.bench.statistics import Value, exact, normal, student
 from gradiometer.bench.tables import NONE_CHECKED
 from gradiometer.bench.uncertain import format_interval, format_uncertain
 
@@ -122,7 +122,7 @@ def _cheapest(measured: pd.DataFrame) -> Iterator[str]:
         best, second = ranked[0], ranked[1]
         names = [_name(row) for row in (best, second)]
         value = second.value / best.value
-        factor = math.exp(1.96 * math.hypot(best.stderr / best.value, second.stderr / second.value))
+        factor = math.exp(normal() * math.hypot(best.stderr / best.value, second.stderr / second.value))
         yield (
             f"{problem}, {selection.group_words(group)}: {names[0]} makes the most of a second on this machine. {names[1]}, next, "
             f"needs {format_interval(value, value / factor, value * factor)} times as long for the same error."

@@ -76,7 +76,8 @@ def variance(g: Sums) -> float:
 def snr(g: Sums) -> float:
     """Signal-to-noise ratio, ``mean over coordinates of |mean| / sqrt(var)``; coordinates without noise are left out.
 
-    A gradient of mean zero still shows ``sqrt(2 / (pi n))``, its floor (Rainforth et al. 2018, with the floor told).
+    A gradient of mean zero still shows ``sqrt(2 / (pi n))``, its floor (Rainforth et al. 2018, with the floor told). Few replicates
+    make it too large; its error has that in it.
     """
     return g.signal / g.noisy if g.noisy else math.nan
 

@@ -219,7 +219,8 @@ def estimate(metric: Metric, whole: tuple[Any, ...], without: Sequence[tuple[Any
         of = statistics.square(found.value, [metric.square(*part).value for part in without], found.noise)
         return root(of) if metric.scale == "root" else of
     assert metric.of is not None
-    return jackknife(metric.of(*whole), [metric.of(*part) for part in without], positive=metric.positive)
+    parts, biased = [metric.of(*part) for part in without], metric.scale == "biased log"
+    return jackknife(metric.of(*whole), parts, positive=metric.positive, biased=biased)
 
 
 def _summed(members: Sequence[Moments]) -> list[Sums]:

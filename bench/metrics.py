@@ -13,7 +13,7 @@ from typing import Literal
 from gradiometer.bench import formulas
 from gradiometer.bench.formulas import Square
 
-Scale = Literal["linear", "log", "square", "root"]
+Scale = Literal["linear", "log", "biased log", "square", "root"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Metric:
         better: "lower", "higher" or "" where neither is better.
         reduction: how coordinates, replicates or data become one number.
         doc: the definition.
-        scale: what the interval is made on: "log" for a positive quantity; "square" for an estimate of a square that may be
-            negative, and "root" for its root, which is cut at zero.
+        scale: what the interval is made on: "log" for a positive quantity, "biased log" for one that few replicates make too
+            large; "square" for an estimate of a square that may be negative, and "root" for its root, which is cut at zero.
         version: raised when the definition changes.
         of: the function of the moments, where it is one.
         square: the function that gives the `Square`, on the scales that need it.
@@ -48,7 +48,7 @@ class Metric:
     @property
     def positive(self) -> bool:
         """Whether intervals are made on the log scale."""
-        return self.scale == "log"
+        return self.scale in ("log", "biased log")
 
 
 def _of(
@@ -79,7 +79,7 @@ _MOMENTS = (
         version=2,
     ),
     _of(formulas.variance, "gradient variance", _SQUARE, "lower", "trace"),
-    _of(formulas.snr, "signal-to-noise ratio", "1", "higher", "mean over coordinates"),
+    _of(formulas.snr, "signal-to-noise ratio", "1", "higher", "mean over coordinates", "biased log"),
     _of(formulas.snr_floor, "floor of the signal-to-noise ratio", "1", "", "exact", "linear"),
     _of(
         formulas.snr_corrected,

@@ -97,12 +97,13 @@ def _against_particles(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator
 
 
 def _cost_planes(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:
+    unknown = selection.of_unknown_error(selection.measured(selection.tidy(rows)))
     for budget in BUDGETS:
         found = figures.cost_plane(rows, budget)
         for problem in selection.problem_order(found["problem"]):
             of_problem = found[found["problem"] == problem]
             if of_problem["cost"].nunique() > 1:
-                yield cost_plane(of_problem, problem, budget, look)
+                yield cost_plane(of_problem, unknown[unknown["problem"] == problem], problem, budget, look)
 
 
 def _learning_curves(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:

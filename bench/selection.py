@@ -124,6 +124,14 @@ def squared_errors(measured: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([known, variance[alone]], ignore_index=True) if len(known) else variance[alone]
 
 
+def of_unknown_error(measured: pd.DataFrame) -> pd.DataFrame:
+    """The variances of biased groups that `squared_errors` leaves out."""
+    key = ["problem", "label", "group"]
+    of_groups = measured[(measured["group"] != "") & measured["value"].notna() & measured["biased"]]
+    known, variance = (of_groups[of_groups["metric"] == metric] for metric in ("mse", "variance"))
+    return variance[~variance.set_index(key).index.isin(known.set_index(key).index)]
+
+
 def marks(found: pd.DataFrame, by: str = "label") -> dict[str, str]:
     """The signs that each label carries: † not checked, where others are, § biased, ¶ heavy tails; "" for none."""
     some = bool(found["checked"].any())

@@ -31,13 +31,14 @@ def exact(value: float) -> Value:
     return Value(value, 0.0, value, value)
 
 
-def jackknife(value: float, without: Sequence[float], *, positive: bool) -> Value:
+def jackknife(value: float, without: Sequence[float], *, positive: bool, biased: bool = False) -> Value:
     """The error of a statistic from its values without each of S shards (Quenouille 1956; Tukey 1958).
 
     Args:
         value: over all shards.
         without: over all shards but one, S of them.
         positive: make the interval for the logarithm, which keeps it positive and is right for ratios and variances.
+        biased: the statistic's own bias is no small part of its error, which is then the root of both, squared and added.
 
     Returns:
         `value` itself, not the bias-corrected one, with an interval from Student's t with S - 1 degrees of freedom.
@@ -47,10 +48,11 @@ def jackknife(value: float, without: Sequence[float], *, positive: bool) -> Valu
     if not _has_error(value, leave_out):
         return Value(value, jackknife=kept)
     if positive and value > 0 and (leave_out > 0).all():
-        spread = _spread(np.log(leave_out))
+        logs = np.log(leave_out)
+        spread = math.hypot(_spread(logs), _bias(math.log(value), logs) if biased else 0.0)
         factor = math.exp(min(student(len(kept) - 1) * spread, 700.0))
         return Value(value, value * spread, value / factor, value * factor, kept)
-    spread = _spread(leave_out)
+    spread = math.hypot(_spread(leave_out), _bias(value, leave_out) if biased else 0.0)
     half = student(len(kept) - 1) * spread
     return Value(value, spread, value - half, value + half, kept)
 
@@ -186,6 +188,11 @@ def normal() -> float:
 def _spread(leave_out: Array) -> float:
     shards = len(leave_out)
     return math.sqrt((shards - 1) / shards * ((leave_out - leave_out.mean()) ** 2).sum())
+
+
+def _bias(value: float, leave_out: Array) -> float:
+    """Quenouille's estimate of a statistic's bias, which falls with the replicates: too large if positive."""
+    return (len(leave_out) - 1) * float(leave_out.mean() - value)
 
 
 def _has_error(value: float, leave_out: Array) -> bool:

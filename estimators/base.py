@@ -77,6 +77,8 @@ class Facts:
                 raise ValueError(
                     f"{claim} of {self.name} is a tuple: write ({getattr(self, claim)!r},), with its comma"
                 )
+        if unbiased := [group for group in self.consistent if group not in self.biased]:
+            raise ValueError(f"{self.name} is consistent in {unbiased[0]!r}, which it does not say is biased")
 
     @property
     def named(self) -> frozenset[str]:

@@ -136,7 +136,7 @@ class Rng:
             known, rows = self._held.get(slot, (-1, None))
             if known == blocks.start and rows is not None and rows.shape[1:] == inner:
                 return rows
-        rows = torch.empty(len(blocks) * self.block, *inner)
+        rows = torch.empty(len(blocks) * self.block, *inner, dtype=torch.float32)
         for i, block in enumerate(blocks):
             fill(rows[i * self.block :][: self.block], self._generator(block))
         if self._held is not None and len(blocks) == 1:

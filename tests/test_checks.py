@@ -27,7 +27,7 @@ from gradiometer.bench.checks.trials import Schedule, statistic, trial
 from gradiometer.bench.checks.worlds import World, small, wide
 from gradiometer.bench.cli import main
 from gradiometer.bench.gradients import trainable
-from gradiometer.estimators.base import Coefficients, Estimator, Facts, State, Weighted
+from gradiometer.estimators.base import Coefficients, Estimator, Facts, State, Surrogate, Weighted
 from gradiometer.estimators.registry import parse
 
 WORLDS = {world.name: world for world in small()}
@@ -440,6 +440,52 @@ def test_levels_keep_their_rates_of_false_alarms() -> None:
         trials = len(subjects.everything()) * len(wide()) * level.schedule.alpha
         comparisons = len(subjects.everything()) * 200 * level.effort.alpha
         assert trials + comparisons < 1.5e-3
+
+
+@dataclass(frozen=True)
+class Careful(type(parse("reinforce"))):  # type: ignore[misc]
+    """Right, and it claims more than is so."""
+
+    facts = replace(parse("reinforce").facts, name="careful", rescaled=("inference",))
+
+
+@dataclass(frozen=True)
+class Misspelt(type(parse("reinforce"))):  # type: ignore[misc]
+    facts = replace(parse("reinforce").facts, name="misspelt", biased=("inferense",))
+
+
+@dataclass(frozen=True)
+class Noiseless(Estimator):
+    """The gradient of the closed-form divergence and of the likelihood at the guide's mean: no noise, and biased."""
+
+    facts = Facts(
+        "noiseless", family="test", objective="elbo", biased=("generative", "inference"), needs=("kl", "rsample")
+    )
+
+    def surrogate(self, model, x, rng, state):
+        z = model.guide(x).mean
+        value = model.log_joint(x, z) - model.guide(x).log_prob(z)
+        return Surrogate({"generative": value, "inference": value}, value.detach().unsqueeze(0))
+
+
+def test_what_is_claimed_to_be_wrong_and_is_not_is_told_to_go() -> None:
+    card = check(Careful())
+    assert "declared rescaled, and not so wherever it was looked at" in card.text()
+    assert not card.passed
+
+
+def test_a_group_that_there_is_not_is_named() -> None:
+    card = check(Misspelt())
+    assert "its facts claim something of the group 'inferense', and there are generative, inference" in card.text()
+    assert not card.passed
+    with pytest.raises(ValueError, match="consistent in 'inference', which it does not say is biased"):
+        Facts("x", family="y", consistent=("inference",))
+
+
+def test_moments_of_an_estimator_without_noise_are_compared_beside_its_mean() -> None:
+    from gradiometer.bench.checks.characteristics import engine_agrees
+
+    assert engine_agrees(Noiseless()).holds
 
 
 def test_replicates_of_the_statistical_test_are_the_slow_twins() -> None:

@@ -357,6 +357,22 @@ def test_of_two_that_cannot_be_told_apart_both_are_on_the_front() -> None:
     assert front((5.0, 4.0, 6.0), (3.0, 2.5, 3.5)) == {"fast": (True, True), "slow": (True, True)}
 
 
+def test_what_is_biased_by_an_unknown_amount_is_named_where_it_is_left_out() -> None:
+    seconds = {"metric": "seconds_per_gradient", "kind": "cost", "group": ""}
+    rows = [bare(word, value, value - 0.5, value + 0.5) for word, value in (("a", 3.0), ("b", 5.0))]
+    rows += [bare(word, value, 0.9 * value, 1.1 * value, **seconds) for word, value in (("a", 2.0), ("b", 1.0))]
+    hidden = [bare("rws", 1.0, 0.9, 1.1, biased=True), bare("rws", 1.0, 0.9, 1.1, **seconds)]
+    known = bare("rws", 2.0, 1.9, 2.1, biased=True, metric="mse")
+
+    def caption(rows: list[dict[str, object]]) -> str:
+        return next(plot.caption for plot in plots.plots(pd.DataFrame(rows)) if plot.name == "cost-toy")
+
+    said = "Left out, since biased by an amount that was not measured: rws (inference parameters)."
+    assert said in caption(rows + hidden)
+    assert "Left out" not in caption([*rows, *hidden, known])
+    assert "Left out" not in caption(rows)
+
+
 def test_the_front_is_one_of_evaluations_too_and_tables_mark_both(rows: pd.DataFrame) -> None:
     for budget, metric in (("seconds", "variance_seconds"), ("evaluations", "variance_evaluations")):
         found = figures.cost_plane(rows[rows["problem"] == "digits-vae@late"], budget)

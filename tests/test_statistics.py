@@ -70,6 +70,22 @@ def test_of_a_positive_quantity_the_interval_is_on_the_log_scale() -> None:
     assert jackknife(1.0, [1e-9, 1e9, 1.0, 1.0], positive=True).low >= 0
 
 
+def test_a_bias_is_in_the_error_where_it_matters() -> None:
+    """The square of a mean of n is too large by var / n, which the jackknife knows exactly."""
+    shards = np.random.default_rng(3).normal(0.3, 1, 16)
+    without = [float(np.delete(shards, i).mean() ** 2) for i in range(16)]
+    value = float(shards.mean() ** 2)
+    plain, found = (jackknife(value, without, positive=False, biased=biased) for biased in (False, True))
+    bias = shards.var(ddof=1) / 16
+    assert found.stderr == pytest.approx(math.hypot(plain.stderr, bias))
+    assert found.value == value
+    logs = jackknife(1.0, [0.98, 1.03, 1.05, 1.02], positive=True, biased=True)
+    shift = 3 * np.log([0.98, 1.03, 1.05, 1.02]).mean()
+    assert logs.stderr == pytest.approx(
+        math.hypot(jackknife(1.0, [0.98, 1.03, 1.05, 1.02], positive=True).stderr, shift)
+    )
+
+
 def test_student_is_the_table() -> None:
     assert student(15) == pytest.approx(2.1314, abs=1e-4)
     assert student(1) == pytest.approx(12.706, abs=1e-3)
@@ -109,6 +125,8 @@ def test_intervals_of_a_variance_cover_it(name: str) -> None:
 def test_intervals_of_a_signal_to_noise_ratio_cover_it() -> None:
     # Far above its floor, where |mean| is the mean.
     assert 0.92 < coverage(lambda g: g.normal([4.0, 2.0], 2.0, (256, 2)), "snr", 1.5) < 0.98
+    # Of many coordinates the spread is as small as the bias of 1 / sqrt(var).
+    assert 0.92 < coverage(lambda g: g.normal(4.0, 2.0, (256, 300)), "snr", 2.0) < 0.98
 
 
 def test_intervals_of_a_norm_cover_it() -> None:

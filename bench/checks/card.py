@@ -16,6 +16,7 @@ SHOWN = 4  # broken claims of one kind that are printed whole
 EXPLAINED = {
     "unbiased": "mean gradient against the exact one",
     "biased as declared": "a bias, where one was declared",
+    "rescaled as declared": "a positive factor, where one was declared",
     "uphill": "a biased gradient that still points uphill",
     "direction": "a positive multiple of the exact gradient",
     "consistent": "a bias that vanishes as K grows",
@@ -109,7 +110,7 @@ class Card:
                 size = f"; variance times {max(c.off for c in claims):.2g}"
             elif name == "uphill":
                 size = f"; cosine at least {min(c.off for c in claims):.2g}"
-            elif name == "biased as declared":
+            elif name in ("biased as declared", "rescaled as declared"):
                 size = "" if worst != worst else f"; up to {worst:.2g}"
             elif name == "no bias found":
                 size = ""

@@ -68,7 +68,7 @@ def _of_group(
         return
     exact = {n: wanted.gradients[n] for n in found.samples}
     if group in estimator.facts.rescaled:
-        yield _rescaled(estimator, world, group, found, exact, effort)
+        yield from _rescaled(estimator, world, group, found, exact, effort)
         return
     apart = difference(found.samples, exact, world, found.exact, effort)
     if group in estimator.facts.biased:
@@ -115,7 +115,7 @@ def _exactly(gradients: Gradients) -> Gradients:
 
 def _rescaled(
     estimator: Estimator, world: World, group: str, found: Expectation, exact: Gradients, effort: Effort
-) -> Claim:
+) -> Iterator[Claim]:
     where, name = f"{world.name}, K = {estimator.K}", estimator.facts.objective_of(group)
     mean, right = found.mean, _means(exact)
     factor = sum(float((mean[n] * right[n]).sum()) for n in mean) / sum(float((right[n] ** 2).sum()) for n in mean)
@@ -124,7 +124,10 @@ def _rescaled(
     said = f"{factor:.3g} times the gradient of {name}, as declared"
     if not holds:
         said = f"not a positive multiple of the gradient of {name}: {diagnose(mean, right, world, estimator.K)}"
-    return Claim("direction", holds, where, said, apart.off, apart.detectable, group)
+    yield Claim("direction", holds, where, said, apart.off, apart.detectable, group)
+    if holds:
+        off = abs(factor - 1)
+        yield Claim("rescaled as declared", off > apart.detectable, where, said, off, apart.detectable, group)
 
 
 def _value(

@@ -44,6 +44,7 @@ class Thoroughness:
     everywhere: bool
 
 
+DECLARED = ("biased as declared", "rescaled as declared")  # claims of what is no virtue
 LEVELS: dict[str, Thoroughness] = {
     "quick": Thoroughness((2, 3), Effort(randomisations=16), Schedule(256, 4, 1e-5), False),
     "full": Thoroughness((1, 2, 3, 4), Effort(points=13), Schedule(256, 7, 1e-5), True),
@@ -159,14 +160,15 @@ def _statistical(estimator: Estimator, worlds: Sequence[World], how: Thoroughnes
 
 
 def _settled(claims: Sequence[Claim]) -> list[Claim]:
-    """A bias that was declared need show on one world only; where it does not, on none, the claim is broken."""
-    shown = {c.group for c in claims if c.name == "biased as declared" and c.holds}
-    kept = [c for c in claims if c.name != "biased as declared" or c.holds or c.holds is None]
-    missing: dict[str, Claim] = {}
+    """What was declared a fault need show on one world only; where it does not, on none, the claim is broken."""
+    shown = {(c.name, c.group) for c in claims if c.name in DECLARED and c.holds}
+    kept = [c for c in claims if c.name not in DECLARED or c.holds is not False]
+    missing: dict[tuple[str, str], Claim] = {}
     for claim in claims:
-        if claim.name == "biased as declared" and claim.holds is False and claim.group not in shown:
-            said = f"declared biased, and unbiased wherever it was looked at (off by {claim.off:.1g}): drop it from `biased`"
-            missing.setdefault(claim.group, replace(claim, says=said))
+        if claim.name in DECLARED and claim.holds is False and (claim.name, claim.group) not in shown:
+            of = claim.name.partition(" ")[0]
+            said = f"declared {of}, and not so wherever it was looked at (off by {claim.off:.1g}): drop it from `{of}`"
+            missing.setdefault((claim.name, claim.group), replace(claim, says=said))
     return [*kept, *missing.values()]
 
 
@@ -188,7 +190,7 @@ def _refused(fault: Fault, world: World, how: Thoroughness) -> bool:
         claims += consistent(fault.estimator, how.effort, fault.planted)
         if fault.planted is None:
             claims += identities.identities(fault.estimator, world)
-        return any(claim.holds is False for claim in claims if claim.name != "biased as declared")
+        return any(claim.holds is False for claim in claims if claim.name not in DECLARED)
     except Exception:
         return True
 

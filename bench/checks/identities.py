@@ -92,7 +92,10 @@ def apart(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[fl
 
 def _shapes(estimator: Estimator, world: World) -> str:
     """Terms are of each data point, for groups there are, and finite; log weights are detached."""
-    state = experienced(estimator, world)
+    state, facts = experienced(estimator, world), estimator.facts
+    there = set(world.model.groups) | set(state.learned)
+    if unknown := sorted({*facts.named, *facts.biased, *facts.consistent, *facts.rescaled} - there):
+        raise Broken(f"its facts claim something of the group {unknown[0]!r}, and there are {', '.join(sorted(there))}")
     batches = (
         (world.x,) if estimator.facts.couples_data else (world.x, world.x[:1])
     )  # what is squeezed away shows at one

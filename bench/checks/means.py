@@ -56,11 +56,16 @@ def no_bias_found(estimator: Estimator, world: World, schedule: Schedule) -> Ite
         for group, members in trainable(world.model, experienced(estimator, world)).items()
         if group in world.model.groups and group not in estimator.facts.biased and group not in estimator.facts.rescaled
     }
-    if not groups or (made := _errors(estimator, world, groups)) is None:
+    if not groups:
+        return
+    where = f"{world.name}, K = {estimator.K}"
+    if (made := _errors(estimator, world, groups)) is None:
+        said = "no exact gradient at this K, and no estimator of the same objective that is trusted"
+        yield Claim("no bias found", None, where, said)
         return
     source, towards, layout, against = made
     verdict = trial(source, layout.blocks, towards, schedule)
-    yield _claim(verdict, f"{world.name}, K = {estimator.K}", against, groups)
+    yield _claim(verdict, where, against, groups)
 
 
 def _claim(verdict: Verdict, where: str, against: str, groups: Iterable[str]) -> Claim:

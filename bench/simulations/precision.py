@@ -1,7 +1,8 @@
 """How many replicates a precision takes, against how many it must take: `python bench/simulations/precision.py`, a few minutes.
 
 Writes precision.md and precision.json to results/statistics. The need is the number of replicates at which the true standard error
-of the logarithm of a variance, times 1.96, is the asked half-width on its wider side; of several groups, that of the neediest.
+of the logarithm of a variance, times the normal point, is the asked half-width on its wider side; of several groups, that of
+the neediest.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from gradiometer.bench.measurement import measure
 from gradiometer.bench.models.toys import FunctionToy, GaussianToy
 from gradiometer.bench.problems import Problem
 from gradiometer.bench.simulations.coverage import percent
+from gradiometer.bench.statistics import normal
 from gradiometer.estimators.registry import parse
 
 OFTEN, AT = 400, 512  # measurements that show the true error, and their replicates
@@ -66,7 +68,7 @@ def lines(seeds: int) -> list[Line]:
             error = {group: np.std([of[group] for of in logs]) * math.sqrt(AT) for group in logs[0]}
             truth = {group: math.log(np.mean(np.exp([of[group] for of in logs]))) for group in logs[0]}
             for precision, first in ((0.1, 64), (0.05, 64), (0.05, 512)):
-                need = max((1.96 * float(e) / math.log1p(precision)) ** 2 for e in error.values())
+                need = max((normal() * float(e) / math.log1p(precision)) ** 2 for e in error.values())
                 found.append(_line(problem, name, word, precision, first, need, truth, seeds))
                 click.echo(str(found[-1]))
     return found
