@@ -93,14 +93,15 @@ class NVI(Estimator):
             raise ValueError(f"nvi needs levels >= 2 (the guide and the posterior), not levels={self.levels}")
         # Weights before the only pair of kernels are equal, so nothing is self-normalised; resampled weights are the
         # gradient of no bound in theta, because the intermediate targets no longer cancel.
-        biased = (
-            ()
-            if self.levels == 2
-            else ("kernels", "path")
-            if self.resample == "none"
-            else ("generative", "kernels", "path")
-        )
-        object.__setattr__(self, "facts", replace(self.facts, biased=biased))
+        moves = ("kernels", "path") if self.learns_path else ("kernels",)
+        biased = () if self.levels == 2 else moves if self.resample == "none" else ("generative", *moves)
+        objective = {"generative": "iwelbo", "inference": "elbo"} | dict.fromkeys(moves, "nested KL")
+        object.__setattr__(self, "facts", replace(self.facts, biased=biased, objective=objective))
+
+    @property
+    def learns_path(self) -> bool:
+        """Whether there is anything between the guide and the posterior to be learned."""
+        return self.path == "learned" and self.levels > 2
 
     def init_state(self, model: Any, x: Tensor) -> State:
         latent = model.guide(x).event_shape[-1]
@@ -108,7 +109,7 @@ class NVI(Estimator):
             nn.ModuleDict({"proposal": Kernel(latent), "reversal": Kernel(latent)}) for _ in range(self.levels - 1)
         ]
         learned: dict[str, nn.Module] = {"kernels": nn.ModuleList(pairs)}
-        if self.path == "learned" and self.levels > 2:
+        if self.learns_path:
             learned["path"] = Path(self.levels)
         return State(learned=learned)
 

@@ -22,7 +22,7 @@ from gradiometer.bench.checks.faults import Fault, _altered, faults
 from gradiometer.bench.checks.gate import LEVELS, _refused, check
 from gradiometer.bench.checks.identities import experienced
 from gradiometer.bench.checks.means import gradients, no_bias_found
-from gradiometer.bench.checks.targets import OBJECTIVES, inclusive, target
+from gradiometer.bench.checks.targets import OBJECTIVES, evidence, inclusive, target
 from gradiometer.bench.checks.trials import Schedule, statistic, trial
 from gradiometer.bench.checks.worlds import World, small, wide
 from gradiometer.bench.cli import main
@@ -117,6 +117,25 @@ def test_the_catalogue_passes(estimator: Estimator) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["binary", "gaussian", "shifted prior"])
+def test_the_gradient_of_the_evidence_is_that_of_a_sum_over_a_grid(name: str) -> None:
+    world = WORLDS[name]
+    units = world.model.guide(world.x).event_shape[0]
+    line = torch.tensor([0.0, 1.0]) if name == "binary" else torch.linspace(-9, 9, 241)
+    grid = torch.cartesian_prod(*[line.double()] * units).reshape(-1, 1, units).expand(-1, len(world.x), -1)
+    value = world.model.log_joint(world.x, grid).logsumexp(0).mean()
+    members = trainable(world.model, State())["generative"]
+    wanted = torch.autograd.grad(value, list(members.values()))
+    for (parameter, found), of in zip(((n, evidence(world)[n]) for n in members), wanted, strict=True):
+        assert torch.allclose(found, of, rtol=1e-5, atol=1e-7), parameter
+
+
+def test_a_biased_bound_of_moved_particles_still_points_uphill() -> None:
+    estimator, how = parse("nvi:K=2,levels=3,resample=systematic"), LEVELS["quick"]
+    assert not _refused(Fault("nothing", estimator), WORLDS["gaussian"], how)
+    assert _refused(Fault("a sign", _altered(estimator, "generative", -1.0)), WORLDS["gaussian"], how)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_do_not_pass_and_are_named(name: str) -> None:
     estimator, says = MISTAKES[name]

@@ -413,12 +413,16 @@ def test_measured_it_costs_a_joint_per_level_and_shows_all_groups() -> None:
     ("word", "biased"),
     [
         ("nvi:levels=2", ()),
-        ("nvi:levels=3", ("kernels", "path")),
-        ("nvi:levels=3,resample=systematic", ("generative", "kernels", "path")),
+        ("nvi:levels=3", ("kernels",)),
+        ("nvi:levels=3,path=learned", ("kernels", "path")),
+        ("nvi:levels=3,resample=systematic", ("generative", "kernels")),
+        ("nvi:levels=3,resample=systematic,path=learned", ("generative", "kernels", "path")),
     ],
 )
 def test_what_it_says_of_its_bias(word: str, biased: tuple[str, ...]) -> None:
-    assert parse(word).facts.biased == biased
+    facts = parse(word).facts
+    assert facts.biased == biased
+    assert ("path" in facts.named) == ("path=learned" in word)
 
 
 @pytest.mark.parametrize("levels", [2, 3])

@@ -15,7 +15,7 @@ from gradiometer.bench.checks.differences import difference
 from gradiometer.bench.checks.expectations import Effort, Expectation, Gradients, expectation
 from gradiometer.bench.checks.identities import experienced, pair
 from gradiometer.bench.checks.slopes import nested, of_last_weights, of_own_value
-from gradiometer.bench.checks.targets import INCLUSIVE, inclusive, objective_of, sampled, target
+from gradiometer.bench.checks.targets import INCLUSIVE, evidence, inclusive, objective_of, sampled, target
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import estimated, trainable
 from gradiometer.estimators.base import Estimator
@@ -49,6 +49,8 @@ def claims(estimator: Estimator, world: World, effort: Effort, planted: Planted 
         own = replace(found, samples={name: found.samples[name] for name in members})
         if nested(estimator, world) and group != "inference":
             yield of_last_weights(estimator, world, state, group, own.samples, effort)
+            if group in facts.biased and group in world.model.groups:
+                yield _uphill(estimator, world, group, own.mean, evidence(world), "log p(x)")
         else:
             yield from _of_group(estimator, world, group, own, wanted[facts.objective_of(group)], effort)
         if found.value is not None:
@@ -75,9 +77,7 @@ def _of_group(
         said = f"declared biased for {name}, and off by {apart.off:.2g} in {apart.tensor!r}"
         yield Claim("biased as declared", apart.shows, where, said, apart.off, apart.detectable, group)
         if estimator.K >= 2:  # with one particle a self-normalised one need not
-            cosine = _cosine(found.mean, _means(exact))
-            said = f"its cosine to the gradient of {name} is {cosine:.2g}"
-            yield Claim("uphill", cosine > 0, where, said, cosine, group=group)
+            yield _uphill(estimator, world, group, found.mean, _means(exact), name)
         return
     said = f"the gradient of {name}, to {max(apart.off, 1e-16):.0e} of a tensor's largest"
     if apart.shows:
@@ -86,10 +86,12 @@ def _of_group(
     yield Claim("unbiased", not apart.shows, where, said, apart.off, apart.detectable, group)
 
 
-def _cosine(mean: Gradients, exact: Gradients) -> float:
+def _uphill(estimator: Estimator, world: World, group: str, mean: Gradients, exact: Gradients, name: str) -> Claim:
     """A biased gradient that is of any use points uphill."""
-    one, other = (torch.cat([of[name].flatten() for name in mean]) for of in (mean, exact))
-    return float(one @ other / (one.norm() * other.norm()).clamp(min=1e-300))
+    one, other = (torch.cat([of[n].flatten() for n in mean]) for of in (mean, exact))
+    cosine = float(one @ other / (one.norm() * other.norm()).clamp(min=1e-300))
+    said = f"its cosine to the gradient of {name} is {cosine:.2g}"
+    return Claim("uphill", cosine > 0, f"{world.name}, K = {estimator.K}", said, cosine, group=group)
 
 
 def _means(samples: Gradients) -> Gradients:

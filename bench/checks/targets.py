@@ -85,14 +85,25 @@ def parts(world: World, K: int) -> dict[str, Gradients]:
 
 def inclusive(world: World) -> Gradients:
     """The gradient of ``-KL(p(z|x) || q(z|x))`` in the guide."""
+    posterior, _, log_q = _posterior(world)
+    return _gradient(world, (posterior * log_q).sum(0).mean())
+
+
+def evidence(world: World) -> Gradients:
+    """The gradient of ``log p(x)`` in the model (Fisher 1925): what every bound's is near."""
+    posterior, log_p, _ = _posterior(world)
+    return _gradient(world, (posterior * log_p).sum(0).mean())
+
+
+def _posterior(world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """``p(z|x)`` of every state ``[T, B]``, ``log p(x, z)`` and ``log q(z|x)``."""
     z, log_weight = particles(world, 1)
     z = z.detach()
     log_q = world.model.guide(world.x).log_prob(z)[0]  # [T, B]
     log_p = world.model.log_joint(world.x, z)[0]
     if log_weight.dim() == 1:
         log_weight = log_weight.unsqueeze(-1) - log_q
-    posterior = (log_p + log_weight).softmax(0).detach()
-    return _gradient(world, (posterior * log_q).sum(0).mean())
+    return (log_p + log_weight).softmax(0).detach(), log_p, log_q
 
 
 def particles(world: World, K: int) -> tuple[Tensor, Tensor]:
