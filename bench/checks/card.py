@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -100,26 +99,13 @@ class Card:
         return "\n".join(lines)
 
     def _held(self) -> Iterator[str]:
-        for name, claims in _by_name(c for c in self.claims if c.holds).items():
-            if name in {c.name for c in self.broken}:
-                continue
-            worst = max((c.off for c in claims if c.off == c.off), default=math.nan)
-            limit = max((c.detectable for c in claims if c.detectable == c.detectable), default=math.nan)
-            size = "" if worst != worst else f"; off by {worst:.1g} at most"
-            if name == "learning":
-                size = f"; variance times {max(c.off for c in claims):.2g}"
-            elif name == "uphill":
-                size = f"; cosine at least {min(c.off for c in claims):.2g}"
-            elif name in ("biased as declared", "rescaled as declared"):
-                size = "" if worst != worst else f"; up to {worst:.2g}"
-            elif name == "no bias found":
-                size = ""
-            elif limit == limit:
-                size += f", would see {limit:.1g}"
-            said = (
-                claims[0].says if name == "no bias found" else f"{EXPLAINED.get(name, name)}: {len(claims)} tests{size}"
-            )
-            yield f"  held      {name:<18} {said}"
+        broken = {claim.name for claim in self.broken}
+        for name, claims in _by_name(c for c in self.claims if c.holds and c.name not in broken).items():
+            said = [
+                f"{EXPLAINED.get(name, name)}: {len(claims)} {'test' if len(claims) == 1 else 'tests'}{_size(claims)}"
+            ]
+            for text in [claim.says for claim in claims] if name == "no bias found" else said:
+                yield f"  held      {name:<18} {text}"
 
     def _broken(self) -> Iterator[str]:
         for name, claims in _by_name(self.broken).items():
@@ -133,7 +119,8 @@ class Card:
         about = self.about
         parts = []
         if "evaluations" in about:
-            parts.append(f"{about['evaluations']:g} evaluations per datum and gradient")
+            count = about["evaluations"]
+            parts.append(f"{count:g} {'evaluation' if count == 1 else 'evaluations'} per datum and gradient")
         if "engine" in about:
             parts.append(
                 {"loop": "one replicate at a time", "rows": "replicates as rows"}.get(about["engine"], about["engine"])
@@ -147,6 +134,24 @@ class Card:
                 f"SNR of the {group} gradient ~ K^({format_uncertain(slope['value'], slope['stderr'])}), "
                 f"K = {slope['K'][0]} to {slope['K'][-1]}, on {slope['on']}"
             )
+
+
+def _size(claims: Sequence[Claim]) -> str:
+    """The sizes of claims of one name that held, as they are read: an error at most so large, and what would be seen."""
+    sizes, limits = (
+        [c.off for c in claims if c.off == c.off],
+        [c.detectable for c in claims if c.detectable == c.detectable],
+    )
+    if not sizes:
+        return ""
+    match claims[0].name:
+        case "learning":
+            return f"; variance times {max(sizes):.2g}"
+        case "uphill":
+            return f"; cosine at least {min(sizes):.2g}"
+        case "biased as declared" | "rescaled as declared":
+            return f"; up to {max(sizes):.2g}"
+    return f"; off by {max(sizes):.1g} at most" + (f", would see {max(limits):.1g}" if limits else "")
 
 
 def _by_name(claims: Any) -> dict[str, list[Claim]]:

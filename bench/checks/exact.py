@@ -183,6 +183,9 @@ def level(estimator: Estimator, world: World, effort: Effort) -> Claim:
         said = f"its gradient is not finite where log p is less by {LEVEL:g}: normalise log weights, not weights"
         return Claim("level", False, where, said)
     limit = max(apart.detectable, LEVEL * 1e-9)
+    if limit > 1:
+        said = f"with log p less by {LEVEL:g} it is too noisy to be told from another gradient"
+        return Claim("level", None, where, said, detectable=limit)
     said = f"log p less by {LEVEL:g} gives the same mean gradient"
     if not apart.off <= limit:
         said = f"log p less by {LEVEL:g} changes its mean gradient by {apart.off:.2g} in {apart.tensor!r}: something is cut off"

@@ -73,15 +73,19 @@ def _claim(verdict: Verdict, where: str, against: str, groups: Iterable[str]) ->
     if not verdict.found:
         said = (
             f"{where}, {verdict.replicates} replicates against {against}; would see {verdict.coordinate:.2g} sd in one "
-            f"coordinate, {100 * worst:.2g} % of a group's scale"
+            f"coordinate, {_percent(worst)} of a group's scale"
         )
         return Claim("no bias found", True, where, said, detectable=verdict.coordinate)
-    size = f"{100 * verdict.size:.2g} % of its scale" if verdict.kind == "scale" else f"{verdict.size:.2g} sd"
+    size = f"{_percent(verdict.size)} of its scale" if verdict.kind == "scale" else f"{verdict.size:.2g} sd"
     said = (
         f"biased in {verdict.where} ({verdict.kind}) by {size}, against {against}: t = {verdict.t:.1f} where "
         f"{verdict.threshold:.1f} would do, after {verdict.replicates} replicates"
     )
     return Claim("no bias found", False, where, said, verdict.size, verdict.coordinate)
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.2g} %" if part < 1 else f"{100 * part:.0f} %"
 
 
 def _errors(
