@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradiometer.bench.moments import TILE, Moments, from_sums, summary, total_of
+from gradiometer.bench.moments import TILE, Array, Moments, from_sums, summary, total_of
 from gradiometer.bench.outer import CANCELLED, Outer, pairs_of, twice
 from gradiometer.bench.products import product
 
@@ -61,8 +61,12 @@ class Accumulator(ABC):
     def _sum(self, shard: int, gradients: Tensor | Outer) -> None: ...
 
     @abstractmethod
-    def mean(self, upto: int) -> Tensor:
-        """The mean over the shards before `upto`, in the block's shape."""
+    def mean(self, shards: slice) -> Tensor:
+        """The mean over some shards, in the block's shape."""
+
+    @abstractmethod
+    def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
+        """Inner products of a direction in some columns with the sums of deviations in each shard before `upto`, ``[upto]``."""
 
     @abstractmethod
     def _tile(self, units: slice, columns: slice) -> Tile:
@@ -123,9 +127,12 @@ class Coordinates(Accumulator):
     second: list[Tensor]
     pilot: Pilot | None
 
-    def mean(self, upto: int) -> Tensor:
-        mean = total_of(self.first[:upto]).div_(self.count[:upto].sum())
+    def mean(self, shards: slice) -> Tensor:
+        mean = total_of(self.first[shards]).div_(self.count[shards].sum())
         return mean if self.pilot is None else mean + self.pilot.dense
+
+    def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
+        return _along(direction, [f[..., columns] for f in self.first[:upto]])
 
     def _tile(self, units: slice, columns: slice) -> Tile:
         def of(m: Tensor) -> Tensor:
@@ -224,8 +231,11 @@ class Shared(Accumulator):
             rows = deviations.permute(2, 1, 0).contiguous()  # [out, n, r]
             torch.baddbmm(self.second[shard], rows, rows.mT, out=self.second[shard])
 
-    def mean(self, upto: int) -> Tensor:
-        return product((self.first[:upto].sum(0) / self.count[:upto].sum() + self.pilot).T, self.inputs.T)
+    def mean(self, shards: slice) -> Tensor:
+        return product((self.first[shards].sum(0) / self.count[shards].sum() + self.pilot).T, self.inputs.T)
+
+    def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
+        return _along(product(self.inputs[:, columns], direction), list(self.first[:upto]))
 
     def _tile(self, units: slice, columns: slice) -> Tile:
         inputs, S = self.inputs[:, columns].T, len(self.first)
@@ -262,8 +272,11 @@ class Traces(Accumulator):
             norms = part.squared_norms() if isinstance(part, Outer) else part.square().flatten(1).sum(1)
             squares[shard] += norms.sum(dtype=torch.float64)
 
-    def mean(self, upto: int) -> Tensor:
-        return self.first[:upto].sum(0) / self.count[:upto].sum()
+    def mean(self, shards: slice) -> Tensor:
+        return self.first[shards].sum(0) / self.count[shards].sum()
+
+    def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
+        return _along(direction, [f[..., columns] for f in self.first[:upto]])
 
     def _tile(self, units: slice, columns: slice) -> Tile:
         return list(self.first[..., columns].flatten(1)), list(self.squares[columns.start, columns.stop]), None
@@ -289,6 +302,11 @@ class Traces(Accumulator):
             rows.append([square / left**2, variance, math.nan, math.nan, math.nan])
         mean = (total.double() / n).cpu().numpy()
         return from_sums(mean, np.full(mean.shape, math.nan), np.array(rows).T, self.count, shape or self.shape)
+
+
+def _along(direction: Tensor, vectors: Sequence[Tensor]) -> Array:
+    flat = direction.flatten()
+    return np.array([float(torch.dot(vector.flatten(), flat)) for vector in vectors])
 
 
 class Cancelled(Exception):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradiometer.bench import formulas
 from gradiometer.bench.accumulators import Accumulator, Projections, accumulator
 from gradiometer.bench.gradients import Parameters
 from gradiometer.bench.moments import Array, Moments, number_of, shards, zero
+from gradiometer.bench.outer import Outer
 from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import BLOCK
@@ -53,7 +56,11 @@ class Folding:
         self.number = number_of(replicates, (4 if size <= FINE else 2) if finer else 1)
         self.sums: dict[str, Accumulator] = {}
         self.parts: list[dict[str, Part]] = []
+        # Of the directions, by `_key`: how many replicates gave them, the means' norms, and how a ratio pulls at them.
         self._towards: dict[str, Tensor] = {}
+        self._begun = 0.0
+        self._norms: dict[object, float] = {}
+        self._pulled: dict[object, dict[str, Tensor]] = {}
         self._shards: list[tuple[range, int]] = []
         # By replicate. Kept in pieces, they would lie scattered over a heap of passing things, and keep it from shrinking.
         self._scalars: list[dict[str, Array]] = [{} for _ in estimators]
@@ -103,27 +110,28 @@ class Folding:
             }
             if wanted:
                 self._projected[number] += wanted
-                self._keep(projections, replicates.start + rows.start, wanted)
+                few = slice(rows.start, rows.start + wanted)
+                self._keep(
+                    projections, {name: block[few] for name, block in made.blocks.items()}, replicates.start + few.start
+                )
 
     def _project(self) -> None:
         """From here on, replicates are projected on the directions of mean gradients."""
-        own = {block: accumulator.mean(self.half) for block, accumulator in self.sums.items()}
+        own = {block: accumulator.mean(slice(self.half)) for block, accumulator in self.sums.items()}
         self._towards = {block: torch.zeros_like(mean) for block, mean in own.items()}
-        known = set()  # estimators that share columns share the direction
+        self._begun = float(next(iter(self.sums.values())).count[: self.half].sum())
         for e, parameters in enumerate(self.parameters):
             for group in parameters:
                 parts = dict(self._of(e, group))
-                key = tuple((part.block, part.columns.start) for part in parts.values())
-                if key in known:
+                if (key := _key(parts)) in self._norms:  # estimators that share columns share the direction
                     continue
-                known.add(key)
-                places = {name: self._towards[part.block][..., part.columns] for name, part in parts.items()}
+                places = {name: self._towards_of(part) for name, part in parts.items()}
                 for name, part in parts.items():
                     if self.means is None:
                         places[name].copy_(own[part.block][..., part.columns])
                     elif name in self.means:
                         places[name].copy_(self.means[name].reshape(places[name].shape))
-                _normalize(list(places.values()))
+                self._norms[key] = _normalize(list(places.values()))
         small = sum(accumulator.shape.numel() for accumulator in self.sums.values()) <= SMALL
         for number in range(self.half, self.number):
             begun = len(self._shards[number][0])
@@ -180,6 +188,34 @@ class Folding:
             g: [(along[g][rows].copy(), squared[g][rows].copy()) for rows in of] for g in self.parameters[estimator]
         }
 
+    def turns(self, estimator: int) -> dict[str, Array]:
+        """Per group and shard of the first half, what `directional_snr` is off by, to first order, without it in the direction."""
+        if self.means is not None:  # the direction is without error
+            return {}
+        return {group: self._turns(estimator, group) for group in self.parameters[estimator]}
+
+    def _turns(self, estimator: int, group: str) -> Array:
+        parts, count = dict(self._of(estimator, group)), next(iter(self.sums.values())).count[: self.half]
+        along, squared = (np.concatenate(of) for of in zip(*self.projections(estimator)[group], strict=True))
+        n, inner = count.sum(), np.zeros(self.half)
+        with np.errstate(all="ignore"):  # without noise across it, or with a mean of zero, nothing turns
+            signal = float(formulas.slopes(along, squared)[0].mean())
+            slope = {name: self._slope(name, part, parts, signal, len(along)) for name, part in parts.items()}
+            onto = sum(float((slope[name] * self._towards_of(part)).sum()) for name, part in parts.items())
+            for name, part in parts.items():
+                across = slope[name] - onto * self._towards_of(part)
+                inner += self.sums[part.block].along(across, part.columns, self.half)
+            off = ((inner.sum() - inner) / (n - count) - inner.sum() / n) / self._norms[_key(parts)]
+            return off * math.sqrt(n / self._begun)  # the direction is that of the replicates there were at first
+
+    def _slope(self, name: str, part: Part, parts: Mapping[str, Part], signal: float, projected: int) -> Tensor:
+        """The derivative of the ratio by the direction, in a parameter's place."""
+        later = self.sums[part.block].mean(slice(self.half, None))[..., part.columns]
+        return self._pulled[_key(parts)][name] / projected - signal * later
+
+    def _towards_of(self, part: Part) -> Tensor:
+        return self._towards[part.block][..., part.columns]
+
     def _begin(self, made: Pass) -> None:
         self.parts = made.parts
         for name, block in made.blocks.items():
@@ -199,20 +235,40 @@ class Folding:
             for name, values in ({"objective": estimator.objective(log_w).mean(-1)} | means).items():
                 self._put(self._scalars[e], name, start, values)
 
-    def _keep(self, projections: Mapping[str, Projections], start: int, wanted: int) -> None:
-        """Keep the projections of some replicates from `start` on."""
+    def _keep(self, projections: Mapping[str, Projections], blocks: Mapping[str, Tensor | Outer], start: int) -> None:
+        """Keep the projections of the gradients in `blocks`, whose replicates are those from `start` on."""
+        wanted = len(next(iter(blocks.values())))
         nothing = (torch.zeros(wanted), torch.zeros(wanted))
+        pulled = set()
         for e, parameters in enumerate(self.parameters):
             for group in parameters:
-                pairs = [
-                    projections[part.block][part.columns.start, part.columns.stop] for _, part in self._of(e, group)
-                ]
+                parts = dict(self._of(e, group))
+                pairs = [projections[part.block][part.columns.start, part.columns.stop] for part in parts.values()]
                 least = 100 * torch.finfo(pairs[0][0].dtype if pairs else torch.float64).eps
                 along, squared = (sum(values).double() for values in zip(*pairs or [nothing], strict=True))
                 # What lies across the direction is not told by digits that are not there.
                 steady = squared - along.square() < least * squared
+                squared = torch.where(steady, along.square(), squared)
                 self._put(self._along[e], group, start, along)
-                self._put(self._squared[e], group, start, torch.where(steady, along.square(), squared))
+                self._put(self._squared[e], group, start, squared)
+                if self.means is None and (key := _key(parts)) not in pulled:
+                    pulled.add(key)
+                    self._pull(parts, blocks, along, squared)
+
+    def _pull(
+        self, parts: Mapping[str, Part], blocks: Mapping[str, Tensor | Outer], along: Tensor, squared: Tensor
+    ) -> None:
+        """Add what some replicates pull the direction by to its slope, by parameter."""
+        into = self._pulled.setdefault(_key(parts), {})
+        weights = torch.from_numpy(formulas.slopes(along.cpu().numpy(), squared.cpu().numpy())[1])
+        for name, part in parts.items():
+            block = blocks[part.block]
+            if isinstance(block, Outer):
+                block = block.columns(part.columns)
+                total = block.weighted(weights.to(block.cotangents)).total()
+            else:
+                total = torch.tensordot(weights.to(block), block[..., part.columns], 1)
+            into[name] = into[name].add_(total) if name in into else total
 
     def _put(self, into: dict[str, Array], name: str, start: int, values: Tensor) -> None:
         kept = into.get(name)
@@ -230,8 +286,14 @@ class Folding:
                 yield number, slice(start - replicates.start, stop - replicates.start)
 
 
-def _normalize(parts: Sequence[Tensor]) -> None:
-    """Divide by the norm of all together; zeros stay zeros."""
+def _key(parts: Mapping[str, Part]) -> tuple[tuple[str, int | None], ...]:
+    """What tells the gradient of a group from that of other groups, and of other estimators."""
+    return tuple((part.block, part.columns.start) for part in parts.values())
+
+
+def _normalize(parts: Sequence[Tensor]) -> float:
+    """Divide by the norm of all together, and return it; zeros stay zeros."""
     norm = sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts) ** 0.5
     for part in parts if norm > 0 else ():
         part.div_(norm)
+    return norm

@@ -99,19 +99,19 @@ def snr_corrected(g: Sums) -> float:
 LOUD = 2  # standard deviations of the noise along a mean, from which on it matters little which noise that is
 KNOWN, SURE = (
     10,
-    2000,
+    100,
 )  # times its noise the square of a mean must be for its direction; the second, for the noise along it
 
 
-def directional_snr(along: Array, squared: Array, mean: Sums | None = None) -> float:
+def directional_snr(along: Array, squared: Array, mean: Sums | None = None, turn: float = 0.0) -> float:
     """Signal along the mean gradient's direction against everything across it, ``mean of |g.u| / |g - (g.u) u|``.
 
     ``u`` is the reference direction of `cosine`, and the ratio is averaged over replicates of the second half
     (Rainforth et al. 2018). Where ``u`` is the estimator's own mean over the first half, its noise makes ``g.u`` too small:
     ``g.u - mean(g.u) + norm of the mean`` takes its place, and what it leaves of the mean across ``u`` is taken out. There is an
     interval where the norm is at least twice the noise along ``u`` and its square ten times the noise of the mean that gives
-    ``u``; or 2000 times: otherwise the noise along ``u`` is not that along the mean. With fewer than three coordinates the
-    ratio has no mean: its tails are too heavy.
+    ``u``, or a hundred times; what that noise does to the ratio is in its error, to first order. With fewer than three
+    coordinates the ratio has no mean: its tails are too heavy.
     """
     across = squared - along**2
     if not (across > 0).all():
@@ -122,7 +122,19 @@ def directional_snr(along: Array, squared: Array, mean: Sums | None = None) -> f
         left = own * square.root**2 / (square.root**2 + own) if own > 0 else 0.0  # of the mean's square, across
         along = along - along.mean() + square.root
         across = across * max(1 - left / float(across.mean()), 0.5)
-    return float((np.abs(along) / np.sqrt(across)).mean())
+    return float((np.abs(along) / np.sqrt(across)).mean()) + turn
+
+
+def slopes(along: Array, squared: Array) -> tuple[Array, Array]:
+    """What each replicate adds to the derivative of `directional_snr` by ``u``, as multiples of its gradient.
+
+    Of the signal alone, whose mean over replicates is the norm's and does not turn with ``u``; and of both, signal and noise.
+    A direction that is off by ``du``, for lack of a shard, gives a ratio that is off by ``turn = (slope, du)``.
+    """
+    with np.errstate(all="ignore"):
+        across = squared - along**2
+        signal = np.sign(along) / np.sqrt(across)
+        return signal, signal + np.abs(along) * along / across**1.5
 
 
 def has_direction(along: Array, mean: Sums) -> bool:

@@ -45,6 +45,7 @@ class Measurement:
         note: what went otherwise than planned.
         precision_met: whether the variances are as precise as asked, if that was asked.
         directed: the direction of the projections is a reference's.
+        turns: per group and shard of the first half, what `directional_snr` is off by as its direction lacks the shard.
         compared: by group, what its bias is told by, where there is something.
     """
 
@@ -63,6 +64,7 @@ class Measurement:
     note: str = ""
     precision_met: bool | None = None
     directed: bool = False
+    turns: Mapping[str, Array] = field(default_factory=dict)
     compared: Mapping[str, Compared] = field(default_factory=dict)
 
     @functools.cached_property
@@ -100,8 +102,10 @@ class Measurement:
         if self.directed:
             return estimate(metric, whole, without)
         mean, *means = _summed([self.moments[name] for name in self.groups[group]])
-        without = [whole] * (len(means) - len(parts)) + without  # the first half of the shards is not projected
-        found = estimate(metric, (*whole, mean), [(*part, m) for part, m in zip(without, means, strict=True)])
+        turns = self.turns[group].tolist()  # the first half of the shards is not projected, and gives the direction
+        without, turns = [whole] * len(turns) + without, turns + [0.0] * len(parts)
+        parts_of = [(*part, m, turn) for part, m, turn in zip(without, means, turns, strict=True)]
+        found = estimate(metric, (*whole, mean), parts_of)
         return found if formulas.has_direction(whole[0], mean) else Value(found.value, jackknife=found.jackknife)
 
     def tails(self, group: str) -> Tails:

@@ -305,6 +305,7 @@ class _Asked:
             plan.note,
             met if self.precision else None,
             self.means is not None,
+            folding.turns(position),
         )
 
     def _fold(self, plan: Plan, folding: Folding, replicates: range) -> None:

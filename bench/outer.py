@@ -67,6 +67,10 @@ class Outer:
         """Some columns of the gradients alone."""
         return Outer(self.inputs[..., which], self.cotangents)
 
+    def weighted(self, weights: Tensor) -> Outer:
+        """Each gradient times its weight ``[r]``."""
+        return Outer(self.inputs, self.cotangents * weights.view(-1, *[1] * (self.cotangents.dim() - 1)))
+
     def dense(self) -> Tensor:
         """The gradients themselves, ``[r, out, in]``."""
         flat = self.flat()

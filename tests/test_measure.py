@@ -180,6 +180,34 @@ def test_moments_are_those_of_the_replicates() -> None:
         np.testing.assert_array_less(1e-9, np.abs(found[f"variance {name}"] - each.var(0, ddof=0)).max())  # n - 1 it is
 
 
+@pytest.mark.parametrize("engine", ["rows", "ghost", "loop"])
+@pytest.mark.parametrize("word", ["dreg:K=3", "iwae-stl:K=3"])
+def test_what_a_direction_is_off_by_is_what_the_ratio_is_off_by(word: str, engine: str) -> None:
+    """Against finite differences along the change that each shard of the first half makes to the direction."""
+    model, x, estimator, R = vae(), data(3), parse(word), 64
+    parameters = trainable(model, State())
+    alone = [one(estimator, model, x, Rng(5, r), State(), parameters).gradients for r in range(R)]
+    measured = measure(Problem(model, x), estimator, replicates=R, seed=5, dtype=torch.float64, engine=engine)
+    parts = shards(R)
+    half = len(parts) // 2
+    for group, members in parameters.items():
+        each = torch.stack([torch.cat([g[n].flatten() for n in members]) for g in alone]).numpy()
+        first, second = each[: parts[half].start], each[parts[half].start :]
+        mean = first.mean(0)
+        u, still = mean / np.linalg.norm(mean), float((second @ mean).mean() / np.linalg.norm(mean))
+
+        def ratio(u: np.ndarray, second: np.ndarray = second, still: float = still) -> float:
+            along = second @ u
+            return float(np.mean(np.abs(along - along.mean() + still) / np.sqrt((second**2).sum(1) - along**2)))
+
+        assert len(measured.turns[group]) == half
+        for part, turn in zip(parts, measured.turns[group], strict=False):
+            off = np.delete(first, slice(part.start, part.stop), 0).mean(0) - mean
+            du = (off - (off @ u) * u) / np.linalg.norm(mean)
+            wanted = (ratio(u + 1e-4 * du) - ratio(u - 1e-4 * du)) / 2e-4
+            assert turn == pytest.approx(wanted, rel=1e-5, abs=1e-9)
+
+
 def test_the_problem_is_not_changed() -> None:
     model = vae()
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -156,6 +156,7 @@ def measurement(gradients: Mapping[str, Array]) -> dict[str, Measurement]:
             None,
             "rows",
             CHUNK,
+            turns=folding.turns(i),
         )
         for i, name in enumerate(P)
     }
