@@ -21,6 +21,7 @@ from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
 
 PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
 FINE = 2**16  # coordinates of a gradient up to which finer shards are four times as many; beyond, twice
+PULLING = 8  # of those, how many tell how a ratio hangs on its direction, which is a part of its error
 SMALL = 2**12  # coordinates of a gradient up to which all of the second half are: it costs next to nothing
 
 
@@ -56,11 +57,13 @@ class Folding:
         self.number = number_of(replicates, (4 if size <= FINE else 2) if finer else 1)
         self.sums: dict[str, Accumulator] = {}
         self.parts: list[dict[str, Part]] = []
-        # Of the directions, by `_key`: how many replicates gave them, the means' norms, and how a ratio pulls at them.
+        # Of the directions: how many replicates gave them; by `_key`, the means' norms, and how so many others pull at them.
         self._towards: dict[str, Tensor] = {}
         self._begun = 0.0
         self._norms: dict[object, float] = {}
         self._pulled: dict[object, dict[str, Tensor]] = {}
+        self._signal: dict[object, float] = {}
+        self._pulls = 0
         self._shards: list[tuple[range, int]] = []
         # By replicate. Kept in pieces, they would lie scattered over a heap of passing things, and keep it from shrinking.
         self._scalars: list[dict[str, Array]] = [{} for _ in estimators]
@@ -68,6 +71,7 @@ class Folding:
         self._squared: list[dict[str, Array]] = [{} for _ in estimators]
         self._projected = [0] * self.number
         self._to_project = [0] * self.number
+        self._to_pull = [0] * self.number
         self._finished: dict[tuple[object, ...], Moments] = {}
         self.extend(replicates)
 
@@ -110,10 +114,11 @@ class Folding:
             }
             if wanted:
                 self._projected[number] += wanted
-                few = slice(rows.start, rows.start + wanted)
-                self._keep(
-                    projections, {name: block[few] for name, block in made.blocks.items()}, replicates.start + few.start
-                )
+                self._keep(projections, replicates.start + rows.start, wanted)
+            if few := min(wanted, self._to_pull[number]):
+                self._to_pull[number] -= few
+                pulling = slice(rows.start, rows.start + few)
+                self._pull({name: block[pulling] for name, block in made.blocks.items()}, replicates.start + rows.start)
 
     def _project(self) -> None:
         """From here on, replicates are projected on the directions of mean gradients."""
@@ -136,6 +141,8 @@ class Folding:
         for number in range(self.half, self.number):
             begun = len(self._shards[number][0])
             self._to_project[number] = begun if small else min(begun, max(PROJECTED, begun // 8))
+            if self.means is None:  # a direction that is given has no error
+                self._to_pull[number] = begun if small else min(begun, PULLING)
 
     def moments(self, estimator: int) -> dict[str, Moments]:
         """By parameter.
@@ -196,22 +203,15 @@ class Folding:
 
     def _turns(self, estimator: int, group: str) -> Array:
         parts, count = dict(self._of(estimator, group)), next(iter(self.sums.values())).count[: self.half]
-        along, squared = (np.concatenate(of) for of in zip(*self.projections(estimator)[group], strict=True))
-        n, inner = count.sum(), np.zeros(self.half)
-        with np.errstate(all="ignore"):  # without noise across it, or with a mean of zero, nothing turns
-            signal = float(formulas.slopes(along, squared)[0].mean())
-            slope = {name: self._slope(name, part, parts, signal, len(along)) for name, part in parts.items()}
-            onto = sum(float((slope[name] * self._towards_of(part)).sum()) for name, part in parts.items())
-            for name, part in parts.items():
-                across = slope[name] - onto * self._towards_of(part)
-                inner += self.sums[part.block].along(across, part.columns, self.half)
-            off = ((inner.sum() - inner) / (n - count) - inner.sum() / n) / self._norms[_key(parts)]
-            return off * math.sqrt(n / self._begun)  # the direction is that of the replicates there were at first
-
-    def _slope(self, name: str, part: Part, parts: Mapping[str, Part], signal: float, projected: int) -> Tensor:
-        """The derivative of the ratio by the direction, in a parameter's place."""
-        later = self.sums[part.block].mean(slice(self.half, None))[..., part.columns]
-        return self._pulled[_key(parts)][name] / projected - signal * later
+        key, n, inner = _key(parts), count.sum(), np.zeros(self.half)
+        slope = {name: self._pulled[key][name] / self._pulls for name in parts}
+        onto = sum(float((slope[name] * self._towards_of(part)).sum()) for name, part in parts.items())
+        for name, part in parts.items():
+            across = slope[name].sub_(self._towards_of(part), alpha=onto)
+            inner += self.sums[part.block].along(across, part.columns, self.half)
+        with np.errstate(all="ignore"):  # a mean of zero has no direction
+            off = ((inner.sum() - inner) / (n - count) - inner.sum() / n) / self._norms[key]
+        return off * math.sqrt(n / self._begun)  # the direction is that of the replicates there were at first
 
     def _towards_of(self, part: Part) -> Tensor:
         return self._towards[part.block][..., part.columns]
@@ -235,40 +235,42 @@ class Folding:
             for name, values in ({"objective": estimator.objective(log_w).mean(-1)} | means).items():
                 self._put(self._scalars[e], name, start, values)
 
-    def _keep(self, projections: Mapping[str, Projections], blocks: Mapping[str, Tensor | Outer], start: int) -> None:
-        """Keep the projections of the gradients in `blocks`, whose replicates are those from `start` on."""
-        wanted = len(next(iter(blocks.values())))
+    def _keep(self, projections: Mapping[str, Projections], start: int, wanted: int) -> None:
+        """Keep the projections of some replicates from `start` on."""
         nothing = (torch.zeros(wanted), torch.zeros(wanted))
-        pulled = set()
         for e, parameters in enumerate(self.parameters):
             for group in parameters:
-                parts = dict(self._of(e, group))
-                pairs = [projections[part.block][part.columns.start, part.columns.stop] for part in parts.values()]
+                pairs = [
+                    projections[part.block][part.columns.start, part.columns.stop] for _, part in self._of(e, group)
+                ]
                 least = 100 * torch.finfo(pairs[0][0].dtype if pairs else torch.float64).eps
                 along, squared = (sum(values).double() for values in zip(*pairs or [nothing], strict=True))
                 # What lies across the direction is not told by digits that are not there.
                 steady = squared - along.square() < least * squared
-                squared = torch.where(steady, along.square(), squared)
                 self._put(self._along[e], group, start, along)
-                self._put(self._squared[e], group, start, squared)
-                if self.means is None and (key := _key(parts)) not in pulled:
-                    pulled.add(key)
-                    self._pull(parts, blocks, along, squared)
+                self._put(self._squared[e], group, start, torch.where(steady, along.square(), squared))
 
-    def _pull(
-        self, parts: Mapping[str, Part], blocks: Mapping[str, Tensor | Outer], along: Tensor, squared: Tensor
-    ) -> None:
-        """Add what some replicates pull the direction by to its slope, by parameter."""
-        into = self._pulled.setdefault(_key(parts), {})
-        weights = torch.from_numpy(formulas.slopes(along.cpu().numpy(), squared.cpu().numpy())[1])
-        for name, part in parts.items():
-            block = blocks[part.block]
-            if isinstance(block, Outer):
-                block = block.columns(part.columns)
-                total = block.weighted(weights.to(block.cotangents)).total()
-            else:
-                total = torch.tensordot(weights.to(block), block[..., part.columns], 1)
-            into[name] = into[name].add_(total) if name in into else total
+    def _pull(self, blocks: Mapping[str, Tensor | Outer], start: int) -> None:
+        """Add what some replicates from `start` on pull each direction by to its slope.
+
+        The mean of the signals is the norm's, whatever the direction: of each its part is taken, or that of the first, which
+        differs by what is of second order.
+        """
+        stop = start + len(next(iter(blocks.values())))
+        done = set()
+        for e, parameters in enumerate(self.parameters):
+            for group in parameters:
+                parts = dict(self._of(e, group))
+                if (key := _key(parts)) in done:
+                    continue
+                done.add(key)
+                into = self._pulled.setdefault(key, {})
+                signal, both = formulas.slopes(self._along[e][group][start:stop], self._squared[e][group][start:stop])
+                weights = torch.from_numpy(both) - self._signal.setdefault(key, float(signal[0]))
+                for name, part in parts.items():
+                    pull = _weighted(blocks[part.block], part.columns, weights)
+                    into[name] = into[name].add_(pull) if name in into else pull
+        self._pulls += stop - start
 
     def _put(self, into: dict[str, Array], name: str, start: int, values: Tensor) -> None:
         kept = into.get(name)
@@ -289,6 +291,13 @@ class Folding:
 def _key(parts: Mapping[str, Part]) -> tuple[tuple[str, int | None], ...]:
     """What tells the gradient of a group from that of other groups, and of other estimators."""
     return tuple((part.block, part.columns.start) for part in parts.values())
+
+
+def _weighted(gradients: Tensor | Outer, columns: slice, weights: Tensor) -> Tensor:
+    """The sum of some columns of gradients, each times its weight ``[r]``."""
+    if isinstance(gradients, Outer):
+        return gradients.columns(columns).weighted(weights.to(gradients.cotangents)).total()
+    return torch.tensordot(weights.to(gradients), gradients[..., columns], 1)
 
 
 def _normalize(parts: Sequence[Tensor]) -> float:

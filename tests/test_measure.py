@@ -194,11 +194,12 @@ def test_what_a_direction_is_off_by_is_what_the_ratio_is_off_by(word: str, engin
         each = torch.stack([torch.cat([g[n].flatten() for n in members]) for g in alone]).numpy()
         first, second = each[: parts[half].start], each[parts[half].start :]
         mean = first.mean(0)
-        u, still = mean / np.linalg.norm(mean), float((second @ mean).mean() / np.linalg.norm(mean))
+        u = mean / np.linalg.norm(mean)
+        still = float(np.sign(second[0] @ u) / np.sqrt(second[0] @ second[0] - (second[0] @ u) ** 2))
 
         def ratio(u: np.ndarray, second: np.ndarray = second, still: float = still) -> float:
             along = second @ u
-            return float(np.mean(np.abs(along - along.mean() + still) / np.sqrt((second**2).sum(1) - along**2)))
+            return float(np.mean(np.abs(along) / np.sqrt((second**2).sum(1) - along**2) - still * along))
 
         assert len(measured.turns[group]) == half
         for part, turn in zip(parts, measured.turns[group], strict=False):
