@@ -21,7 +21,7 @@ from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
 
 PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
 FINE = 2**16  # coordinates of a gradient up to which finer shards are four times as many; beyond, twice
-PULLING = 8  # of those, how many tell how a ratio hangs on its direction, which is a part of its error
+PULLING = 64  # of the projected ones, how many tell how a ratio hangs on its direction, which is a part of its error
 SMALL = 2**12  # coordinates of a gradient up to which all of the second half are: it costs next to nothing
 
 
@@ -138,11 +138,13 @@ class Folding:
                         places[name].copy_(self.means[name].reshape(places[name].shape))
                 self._norms[key] = _normalize(list(places.values()))
         small = sum(accumulator.shape.numel() for accumulator in self.sums.values()) <= SMALL
+        left = self.replicates if small else PULLING
         for number in range(self.half, self.number):
             begun = len(self._shards[number][0])
             self._to_project[number] = begun if small else min(begun, max(PROJECTED, begun // 8))
             if self.means is None:  # a direction that is given has no error
-                self._to_pull[number] = begun if small else min(begun, PULLING)
+                self._to_pull[number] = min(self._to_project[number], left)
+                left -= self._to_pull[number]
 
     def moments(self, estimator: int) -> dict[str, Moments]:
         """By parameter.
