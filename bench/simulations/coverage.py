@@ -273,8 +273,8 @@ def report(cells: list[Cell], about: str) -> str:
         "",
         "Mean and bias are zero, near zero (one and a half errors of their square), far from it (thirty), or loud (the mean is",
         "twice the standard deviation of the whole gradient). An interval holds a zero from one side only, which 97.5 % should. A",
-        "number in brackets: the per cent of trials in which the metric has no interval, and",
-        "says so; what is left of few is a choice of the unlucky.",
+        "number in brackets: the per cent of trials in which the metric has no interval, and says so; where most have none, the",
+        "others are a choice of the unlucky, and are not shown.",
         "",
     ]
     of = [c for c in cells if c.at != "tails"]
@@ -293,8 +293,8 @@ def report(cells: list[Cell], about: str) -> str:
 def _shown(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    if not cell.trials:
-        return "- (100)"
+    if cell.without > cell.trials:
+        return f"- ({100 * cell.without / (cell.trials + cell.without):.0f})"
     held = 100 * cell.held / cell.trials
     shown = f"{held:.1f}" if 92.95 <= held < 97.05 else f"**{held:.1f}**"
     return shown + (f" ({100 * cell.without / (cell.trials + cell.without):.0f})" if cell.without else "")
