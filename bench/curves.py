@@ -137,8 +137,8 @@ def cost_plane(found: pd.DataFrame, unknown: pd.DataFrame, problem: str, budget:
         "which no other estimator here surely dominates; the dashed steps are the front of the values alone. Bars: 95 % intervals."
     )
     if len(unknown):
-        of_groups = unknown.drop_duplicates(["label", "group"]).groupby("group", sort=False)["label"]
-        said = [f"{', '.join(labels)} ({selection.group_words(str(group))})" for group, labels in of_groups]
+        of_labels = unknown.drop_duplicates(["label", "group"]).groupby("label", sort=False)["group"]
+        said = [f"{label} ({selection.group_words(', '.join(groups))})" for label, groups in of_labels]
         caption += f" Left out, since biased by an amount that was not measured: {'; '.join(said)}."
     return Plot(
         f"{'cost' if budget == 'seconds' else budget}-{problem}",
