@@ -27,6 +27,7 @@ from pyro.infer import RenyiELBO, Trace_ELBO  # noqa: E402
 from storch import method as methods  # noqa: E402
 
 from gradiometer.bench.checks import exact, identities  # noqa: E402
+from gradiometer.bench.checks.differences import at  # noqa: E402
 from gradiometer.bench.checks.gate import LEVELS, check  # noqa: E402
 from gradiometer.bench.checks.worlds import small  # noqa: E402
 from gradiometer.estimators.base import Estimator  # noqa: E402
@@ -88,9 +89,9 @@ def test_what_is_right_passes(estimator: Estimator) -> None:
 
 @pytest.mark.parametrize(("estimator", "where", "says"), [_param(*row) for row in BROKEN])
 def test_what_is_wrong_is_found(estimator: Estimator, where: str, says: str) -> None:
-    at = exact.at(estimator, int(where[-1]))
-    assert at is not None
-    found = list(exact.claims(at, WORLDS["binary"], LEVELS["quick"].effort))
+    there = at(estimator, int(where[-1]))
+    assert there is not None
+    found = list(exact.claims(there, WORLDS["binary"], LEVELS["quick"].effort))
     broken = [claim for claim in found if claim.holds is False]
     assert any(claim.place == where and says in claim.says for claim in broken), broken
     card = check(estimator, "quick")
