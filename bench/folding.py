@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -27,6 +28,38 @@ SMALL = 2**12  # coordinates of a gradient up to which all of the second half ar
 
 class Failure(RuntimeError):
     """A measurement that cannot give a number; the message is one sentence."""
+
+
+@dataclass
+class Direction:
+    """A mean gradient's, and how the directional signal-to-noise ratio hangs on it.
+
+    Attributes:
+        norm: of the mean gradient.
+        pulled: by parameter, the sum of what some replicates add to the derivative of the ratio by the direction.
+        pulls: how many replicates.
+        signal: the first one's part of it that is the signal's. The mean of the signals is the norm's, whatever the direction, so
+            that theirs is no part of it; to first order the first one's is.
+    """
+
+    norm: float
+    pulled: dict[str, Tensor] = field(default_factory=dict)
+    pulls: int = 0
+    signal: float = math.nan
+
+    def pull(self, gradients: Mapping[str, Tensor | Outer], along: Array, squared: Array) -> None:
+        """Add replicates, by their gradients and their projections on the direction."""
+        signal, both = formulas.slopes(along, squared)
+        if not self.pulls:
+            self.signal = float(signal[0])
+        weights = torch.from_numpy(both) - self.signal
+        for name, of in gradients.items():
+            if isinstance(of, Outer):
+                pull = of.weighted(weights.to(of.cotangents)).total()
+            else:
+                pull = torch.tensordot(weights.to(of), of, 1)
+            self.pulled[name] = self.pulled[name].add_(pull) if name in self.pulled else pull
+        self.pulls += len(along)
 
 
 class Folding:
@@ -57,13 +90,9 @@ class Folding:
         self.number = number_of(replicates, (4 if size <= FINE else 2) if finer else 1)
         self.sums: dict[str, Accumulator] = {}
         self.parts: list[dict[str, Part]] = []
-        # Of the directions: how many replicates gave them; by `_key`, the means' norms, and how so many others pull at them.
-        self._towards: dict[str, Tensor] = {}
-        self._begun = 0.0
-        self._norms: dict[object, float] = {}
-        self._pulled: dict[object, dict[str, Tensor]] = {}
-        self._signal: dict[object, float] = {}
-        self._pulls = 0
+        self._towards: dict[str, Tensor] = {}  # by block, unit vectors of each group
+        self._directions: dict[object, Direction] = {}  # by `_key`
+        self._begun = 0.0  # replicates that gave them
         self._shards: list[tuple[range, int]] = []
         # By replicate. Kept in pieces, they would lie scattered over a heap of passing things, and keep it from shrinking.
         self._scalars: list[dict[str, Array]] = [{} for _ in estimators]
@@ -128,7 +157,7 @@ class Folding:
         for e, parameters in enumerate(self.parameters):
             for group in parameters:
                 parts = dict(self._of(e, group))
-                if (key := _key(parts)) in self._norms:  # estimators that share columns share the direction
+                if (key := _key(parts)) in self._directions:  # estimators that share columns share the direction
                     continue
                 places = {name: self._towards_of(part) for name, part in parts.items()}
                 for name, part in parts.items():
@@ -136,7 +165,7 @@ class Folding:
                         places[name].copy_(own[part.block][..., part.columns])
                     elif name in self.means:
                         places[name].copy_(self.means[name].reshape(places[name].shape))
-                self._norms[key] = _normalize(list(places.values()))
+                self._directions[key] = Direction(_normalize(list(places.values())))
         small = sum(accumulator.shape.numel() for accumulator in self.sums.values()) <= SMALL
         left = self.replicates if small else PULLING
         for number in range(self.half, self.number):
@@ -205,14 +234,14 @@ class Folding:
 
     def _turns(self, estimator: int, group: str) -> Array:
         parts, count = dict(self._of(estimator, group)), next(iter(self.sums.values())).count[: self.half]
-        key, n, inner = _key(parts), count.sum(), np.zeros(self.half)
-        slope = {name: self._pulled[key][name] / self._pulls for name in parts}
+        of, n, inner = self._directions[_key(parts)], count.sum(), np.zeros(self.half)
+        slope = {name: pulled / of.pulls for name, pulled in of.pulled.items()}
         onto = sum(float((slope[name] * self._towards_of(part)).sum()) for name, part in parts.items())
         for name, part in parts.items():
             across = slope[name].sub_(self._towards_of(part), alpha=onto)
             inner += self.sums[part.block].along(across, part.columns, self.half)
         with np.errstate(all="ignore"):  # a mean of zero has no direction
-            off = ((inner.sum() - inner) / (n - count) - inner.sum() / n) / self._norms[key]
+            off = ((inner.sum() - inner) / (n - count) - inner.sum() / n) / of.norm
         return off * math.sqrt(n / self._begun)  # the direction is that of the replicates there were at first
 
     def _towards_of(self, part: Part) -> Tensor:
@@ -253,26 +282,17 @@ class Folding:
                 self._put(self._squared[e], group, start, torch.where(steady, along.square(), squared))
 
     def _pull(self, blocks: Mapping[str, Tensor | Outer], start: int) -> None:
-        """Add what some replicates from `start` on pull each direction by to its slope.
-
-        The mean of the signals is the norm's, whatever the direction: of each its part is taken, or that of the first, which
-        differs by what is of second order.
-        """
+        """Let some replicates from `start` on pull at each direction."""
         stop = start + len(next(iter(blocks.values())))
         done = set()
         for e, parameters in enumerate(self.parameters):
             for group in parameters:
                 parts = dict(self._of(e, group))
-                if (key := _key(parts)) in done:
-                    continue
-                done.add(key)
-                into = self._pulled.setdefault(key, {})
-                signal, both = formulas.slopes(self._along[e][group][start:stop], self._squared[e][group][start:stop])
-                weights = torch.from_numpy(both) - self._signal.setdefault(key, float(signal[0]))
-                for name, part in parts.items():
-                    pull = _weighted(blocks[part.block], part.columns, weights)
-                    into[name] = into[name].add_(pull) if name in into else pull
-        self._pulls += stop - start
+                if (key := _key(parts)) not in done:
+                    done.add(key)
+                    gradients = {name: _columns(blocks[part.block], part.columns) for name, part in parts.items()}
+                    along, squared = self._along[e][group][start:stop], self._squared[e][group][start:stop]
+                    self._directions[key].pull(gradients, along, squared)
 
     def _put(self, into: dict[str, Array], name: str, start: int, values: Tensor) -> None:
         kept = into.get(name)
@@ -295,11 +315,8 @@ def _key(parts: Mapping[str, Part]) -> tuple[tuple[str, int | None], ...]:
     return tuple((part.block, part.columns.start) for part in parts.values())
 
 
-def _weighted(gradients: Tensor | Outer, columns: slice, weights: Tensor) -> Tensor:
-    """The sum of some columns of gradients, each times its weight ``[r]``."""
-    if isinstance(gradients, Outer):
-        return gradients.columns(columns).weighted(weights.to(gradients.cotangents)).total()
-    return torch.tensordot(weights.to(gradients), gradients[..., columns], 1)
+def _columns(gradients: Tensor | Outer, which: slice) -> Tensor | Outer:
+    return gradients.columns(which) if isinstance(gradients, Outer) else gradients[..., which]
 
 
 def _normalize(parts: Sequence[Tensor]) -> float:
