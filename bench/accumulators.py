@@ -61,8 +61,8 @@ class Accumulator(ABC):
     def _sum(self, shard: int, gradients: Tensor | Outer) -> None: ...
 
     @abstractmethod
-    def mean(self, shards: slice) -> Tensor:
-        """The mean over some shards, in the block's shape."""
+    def mean(self, upto: int) -> Tensor:
+        """The mean over the shards before `upto`, in the block's shape."""
 
     @abstractmethod
     def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
@@ -127,8 +127,8 @@ class Coordinates(Accumulator):
     second: list[Tensor]
     pilot: Pilot | None
 
-    def mean(self, shards: slice) -> Tensor:
-        mean = total_of(self.first[shards]).div_(self.count[shards].sum())
+    def mean(self, upto: int) -> Tensor:
+        mean = total_of(self.first[:upto]).div_(self.count[:upto].sum())
         return mean if self.pilot is None else mean + self.pilot.dense
 
     def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
@@ -231,8 +231,8 @@ class Shared(Accumulator):
             rows = deviations.permute(2, 1, 0).contiguous()  # [out, n, r]
             torch.baddbmm(self.second[shard], rows, rows.mT, out=self.second[shard])
 
-    def mean(self, shards: slice) -> Tensor:
-        return product((self.first[shards].sum(0) / self.count[shards].sum() + self.pilot).T, self.inputs.T)
+    def mean(self, upto: int) -> Tensor:
+        return product((self.first[:upto].sum(0) / self.count[:upto].sum() + self.pilot).T, self.inputs.T)
 
     def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
         return _along(product(self.inputs[:, columns], direction), list(self.first[:upto]))
@@ -272,8 +272,8 @@ class Traces(Accumulator):
             norms = part.squared_norms() if isinstance(part, Outer) else part.square().flatten(1).sum(1)
             squares[shard] += norms.sum(dtype=torch.float64)
 
-    def mean(self, shards: slice) -> Tensor:
-        return self.first[shards].sum(0) / self.count[shards].sum()
+    def mean(self, upto: int) -> Tensor:
+        return self.first[:upto].sum(0) / self.count[:upto].sum()
 
     def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
         return _along(direction, [f[..., columns] for f in self.first[:upto]])

@@ -35,6 +35,7 @@ class Direction:
     """A mean gradient's, and how the directional signal-to-noise ratio hangs on it.
 
     Attributes:
+        estimator, group: the first that has it; estimators that share columns share it.
         norm: of the mean gradient.
         pulled: by parameter, the sum of what some replicates add to the derivative of the ratio by the direction.
         pulls: how many replicates.
@@ -42,6 +43,8 @@ class Direction:
             that theirs is no part of it; to first order the first one's is.
     """
 
+    estimator: int
+    group: str
     norm: float
     pulled: dict[str, Tensor] = field(default_factory=dict)
     pulls: int = 0
@@ -151,13 +154,13 @@ class Folding:
 
     def _project(self) -> None:
         """From here on, replicates are projected on the directions of mean gradients."""
-        own = {block: accumulator.mean(slice(self.half)) for block, accumulator in self.sums.items()}
+        own = {block: accumulator.mean(self.half) for block, accumulator in self.sums.items()}
         self._towards = {block: torch.zeros_like(mean) for block, mean in own.items()}
         self._begun = float(next(iter(self.sums.values())).count[: self.half].sum())
         for e, parameters in enumerate(self.parameters):
             for group in parameters:
                 parts = dict(self._of(e, group))
-                if (key := _key(parts)) in self._directions:  # estimators that share columns share the direction
+                if (key := _key(parts)) in self._directions:
                     continue
                 places = {name: self._towards_of(part) for name, part in parts.items()}
                 for name, part in parts.items():
@@ -165,7 +168,7 @@ class Folding:
                         places[name].copy_(own[part.block][..., part.columns])
                     elif name in self.means:
                         places[name].copy_(self.means[name].reshape(places[name].shape))
-                self._directions[key] = Direction(_normalize(list(places.values())))
+                self._directions[key] = Direction(e, group, _normalize(list(places.values())))
         small = sum(accumulator.shape.numel() for accumulator in self.sums.values()) <= SMALL
         left = self.replicates if small else PULLING
         for number in range(self.half, self.number):
@@ -284,15 +287,10 @@ class Folding:
     def _pull(self, blocks: Mapping[str, Tensor | Outer], start: int) -> None:
         """Let some replicates from `start` on pull at each direction."""
         stop = start + len(next(iter(blocks.values())))
-        done = set()
-        for e, parameters in enumerate(self.parameters):
-            for group in parameters:
-                parts = dict(self._of(e, group))
-                if (key := _key(parts)) not in done:
-                    done.add(key)
-                    gradients = {name: _columns(blocks[part.block], part.columns) for name, part in parts.items()}
-                    along, squared = self._along[e][group][start:stop], self._squared[e][group][start:stop]
-                    self._directions[key].pull(gradients, along, squared)
+        for direction in self._directions.values():
+            e, group = direction.estimator, direction.group
+            gradients = {name: _columns(blocks[part.block], part.columns) for name, part in self._of(e, group)}
+            direction.pull(gradients, self._along[e][group][start:stop], self._squared[e][group][start:stop])
 
     def _put(self, into: dict[str, Array], name: str, start: int, values: Tensor) -> None:
         kept = into.get(name)

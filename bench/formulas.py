@@ -97,10 +97,8 @@ def snr_corrected(g: Sums) -> float:
 
 
 LOUD = 2  # standard deviations of the noise along a mean, from which on it matters little which noise that is
-KNOWN, SURE = (
-    10,
-    100,
-)  # times its noise the square of a mean must be for its direction; the second, for the noise along it
+KNOWN = 10  # times its noise the square of a mean must be, for its direction to be known
+SURE = 100  # and for the noise along it
 
 
 def directional_snr(along: Array, squared: Array, mean: Sums | None = None, turn: float = 0.0) -> float:

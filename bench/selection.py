@@ -117,19 +117,23 @@ def squared_errors(measured: pd.DataFrame) -> pd.DataFrame:
 
     Groups that are declared biased, and whose bias was not measured, are left out: their error is not known.
     """
-    key = ["problem", "label", "group"]
-    of_groups = measured[(measured["group"] != "") & measured["value"].notna()]
-    known, variance = (of_groups[of_groups["metric"] == metric] for metric in ("mse", "variance"))
-    alone = ~variance.set_index(key).index.isin(known.set_index(key).index) & ~variance["biased"]
-    return pd.concat([known, variance[alone]], ignore_index=True) if len(known) else variance[alone]
+    known, alone = _mse_or_variance(measured)
+    unbiased = alone[~alone["biased"]]
+    return pd.concat([known, unbiased], ignore_index=True) if len(known) else unbiased
 
 
 def of_unknown_error(measured: pd.DataFrame) -> pd.DataFrame:
     """The variances of biased groups that `squared_errors` leaves out."""
+    _, alone = _mse_or_variance(measured)
+    return alone[alone["biased"]]
+
+
+def _mse_or_variance(measured: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The mean squared errors of groups, and the variances of those groups that have none."""
     key = ["problem", "label", "group"]
-    of_groups = measured[(measured["group"] != "") & measured["value"].notna() & measured["biased"]]
+    of_groups = measured[(measured["group"] != "") & measured["value"].notna()]
     known, variance = (of_groups[of_groups["metric"] == metric] for metric in ("mse", "variance"))
-    return variance[~variance.set_index(key).index.isin(known.set_index(key).index)]
+    return known, variance[~variance.set_index(key).index.isin(known.set_index(key).index)]
 
 
 def marks(found: pd.DataFrame, by: str = "label") -> dict[str, str]:

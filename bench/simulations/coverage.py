@@ -6,7 +6,6 @@ would be, as passes, so that shards, accumulators, projections and metrics are t
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from gradiometer.bench import machine
 from gradiometer.bench.folding import Folding
 from gradiometer.bench.measured import Compared, Measurement, of_moments
 from gradiometer.bench.moments import Array
 from gradiometer.bench.problems import Problem
+from gradiometer.bench.simulations.kept import keep
 from gradiometer.bench.statistics import Value, ratio
 from gradiometer.bench.tape import Part, Pass
 from gradiometer.estimators.registry import parse
@@ -260,11 +259,11 @@ def percent(held: int, trials: int) -> str:
     return f"{100 * held / trials:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def report(cells: list[Cell], about: str) -> str:
+def report(cells: list[Cell], trials: int, about: str) -> str:
     lines = [
         "# Coverage of 95 % intervals",
         "",
-        about,
+        f"{about}, {trials} trials a line.",
         "",
         "By `python bench/simulations/coverage.py`: per cent of the intervals that hold the truth, bold outside of 93 to 97; the",
         "binomial error is about half a per cent (`coverage.json` has the counts). P coordinates, R replicates.",
@@ -335,16 +334,7 @@ def main(trials: int, out: Path) -> None:
             click.echo(
                 f"{cell.noise} {cell.coordinates} {cell.replicates} {cell.metric} {cell.at}: {cell.held}/{cell.trials}"
             )
-    write(cells, trials, out)
-
-
-def write(cells: list[Cell], trials: int, out: Path) -> None:
-    made = machine.describe()
-    about = f"{made['date']}, {made['machine']}, torch {made['torch']}, one thread, {trials} trials a line."
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "coverage.md").write_text(report(cells, about), encoding="utf-8")
-    content = {"manifest": made, "cells": [asdict(cell) for cell in cells]}
-    (out / "coverage.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    keep(out, "coverage", partial(report, cells, trials), {"cells": [asdict(cell) for cell in cells]})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from gradiometer.bench import machine, store
 from gradiometer.bench.checks import exact
 from gradiometer.bench.checks.differences import at
 from gradiometer.bench.checks.faults import scaled
@@ -26,6 +26,7 @@ from gradiometer.bench.checks.targets import OBJECTIVES, target
 from gradiometer.bench.checks.trials import Array, Schedule, Source, trial
 from gradiometer.bench.checks.worlds import World, small, wide
 from gradiometer.bench.gradients import trainable
+from gradiometer.bench.simulations.kept import keep
 from gradiometer.estimators.registry import parse
 
 FULL = LEVELS["full"]
@@ -171,11 +172,10 @@ def _counted(
     return Line(what, against, bench.word, sum(found for found, _ in outcomes), runs, spent)
 
 
-def table(found: list[Line], about: dict[str, str]) -> str:
+def table(found: list[Line], about: str) -> str:
     """The lines as Markdown."""
     rows = [
-        f"Measured on {about['date']} on {about['machine']}, one thread, torch {about['torch']}. "
-        "Alarms with exact 95 % binomial intervals.",
+        f"{about}. Alarms with exact 95 % binomial intervals.",
         "",
         "| mistake | compared with | estimator | alarms | share | median replicates |",
         "|---|---|---|---|---|---|",
@@ -201,11 +201,8 @@ def main(out: Path, runs: int, false_alarms: int) -> None:
     for line in lines(runs, false_alarms):
         found.append(line)
         click.echo(f"{line.what}, {line.against}, {line.estimator}: {line.alarms} of {line.runs}")
-    about = machine.describe()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "power.md").write_text(table(found, about), encoding="utf-8")
-    rows = [asdict(line) | {"interval": line.interval} for line in found]
-    store.publish(out / "power.json", {"about": about, "lines": rows})
+    numbers = {"lines": [asdict(line) | {"interval": line.interval} for line in found]}
+    keep(out, "power", partial(table, found), numbers)
 
 
 if __name__ == "__main__":

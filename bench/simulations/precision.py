@@ -7,21 +7,21 @@ the neediest.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
 
-from gradiometer.bench import machine
 from gradiometer.bench.measurement import measure
 from gradiometer.bench.models.toys import FunctionToy, GaussianToy
 from gradiometer.bench.problems import Problem
 from gradiometer.bench.simulations.coverage import percent
+from gradiometer.bench.simulations.kept import keep
 from gradiometer.bench.statistics import normal
 from gradiometer.estimators.registry import parse
 
@@ -105,11 +105,11 @@ def _line(
     return Line(name, word, precision, first, need, float(median), float(ninetieth), met / seeds, held, intervals)
 
 
-def report(found: list[Line], about: str) -> str:
+def report(found: list[Line], seeds: int, about: str) -> str:
     head = [
         "# Replicates that a precision takes",
         "",
-        about,
+        f"{about}, {seeds} seeds a line.",
         "",
         "By `python bench/simulations/precision.py`. *need* are the replicates at which the true error gives the asked half-width;",
         "*spent* are those of the measurements, over the need (or over the first look, where that is more already). *coverage* is",
@@ -131,12 +131,8 @@ def report(found: list[Line], about: str) -> str:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/statistics"), show_default=True)
 def main(seeds: int, out: Path) -> None:
     torch.set_num_threads(1)
-    found, made = lines(seeds), machine.describe()
-    about = f"{made['date']}, {made['machine']}, torch {made['torch']}, one thread, {seeds} seeds a line."
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "precision.md").write_text(report(found, about), encoding="utf-8")
-    content = {"manifest": made, "lines": [asdict(line) for line in found]}
-    (out / "precision.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    found = lines(seeds)
+    keep(out, "precision", partial(report, found, seeds), {"lines": [asdict(line) for line in found]})
 
 
 if __name__ == "__main__":
