@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ class Pydrobert(Estimator):
 
     facts = Facts("pydrobert", family="pydrobert")
 
-    def estimate(self, f: Any, signal: Tensor, b: Tensor, logits: Tensor, z: Tensor, kind: str) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def estimate(self, f: Any, signal: Tensor, b: Tensor, logits: Tensor, z: Tensor, kind: str) -> Tensor: ...
 
     def draw(self, logits: Tensor, family: type, kind: str) -> tuple[Tensor, Tensor]:
         """Relaxed latents, and latents, both ``[K, *batch, *event]``."""

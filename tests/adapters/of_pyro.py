@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,8 +44,8 @@ class Pyro(Estimator):
     score: bool = False  # switch the reparameterisation of a Normal off, as Pyro's own tests do
     facts = Facts("pyro", family="pyro")
 
-    def elbo(self, particles: int, nesting: int) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def elbo(self, particles: int, nesting: int) -> Any: ...
 
     def infer(self) -> dict:
         return {}
@@ -199,7 +200,13 @@ class Renyi(Pyro):
 
     K: int = 3
     alpha: float = 0.0
-    facts = Facts("pyro-renyi", "pyro", objective="renyi bound", needs=(*ONE_LAYER, "gaussian"))
+    facts = Facts(
+        "pyro-renyi",
+        "pyro",
+        objective="renyi bound",
+        needs=(*ONE_LAYER, "gaussian"),
+        variants=("alpha=0.5", "alpha=2.0"),
+    )
 
     def elbo(self, particles: int, nesting: int) -> Any:
         return RenyiELBO(alpha=self.alpha, num_particles=particles, vectorize_particles=True, max_plate_nesting=nesting)
@@ -213,7 +220,7 @@ class Renyi(Pyro):
 class RenyiIWAE(Renyi):
     """RenyiELBO(alpha=0), which its documentation says is the bound of importance weighted autoencoders."""
 
-    facts = replace(Renyi.facts, name="pyro-renyi-iwae", objective="iwelbo", same_draws={"": "iwae"})
+    facts = replace(Renyi.facts, name="pyro-renyi-iwae", objective="iwelbo", same_draws={"": "iwae"}, variants=())
 
 
 @dataclass(frozen=True)

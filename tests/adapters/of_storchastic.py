@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,8 +51,8 @@ class Storchastic(Estimator):
     rows_first = False  # Storchastic's axes of samples without replacement come after the rows
     pathwise = False  # the cost's own derivative in z counts, and log q must not be held
 
-    def method(self, state: State) -> Method:
-        raise NotImplementedError
+    @abstractmethod
+    def method(self, state: State) -> Method: ...
 
     def particles(self, z: Tensor) -> Tensor:
         """Those evaluations ``[S, N, D]`` that are draws of the guide, for the log weights."""
