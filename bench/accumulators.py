@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradiometer.bench.moments import TILE, Array, Moments, from_sums, summary, total_of
+from gradiometer.bench.moments import TILE, Array, Moments, Pooled, Tile, moments_of, summary, total_of
 from gradiometer.bench.outer import CANCELLED, Outer, pairs_of, twice
 from gradiometer.bench.products import product
 
@@ -27,7 +28,6 @@ ENOUGH = 4  # replicates that show whether terms cancel
 FEW, SHARED_FEW = 5, 32  # rows up to which sums over their pairs are cheaper than one gradient after the other
 Slice = tuple[int | None, int | None]
 """Columns (last axis) of a block that are one parameter's, as a slice's start and stop."""
-Tile = tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]
 Projections = dict[Slice, tuple[Tensor, Tensor]]
 """Inner products with a direction and squared norms of replicates, ``[r]`` each, by columns."""
 
@@ -42,16 +42,20 @@ class Accumulator(ABC):
     def fold(
         self, shard: int, gradients: Tensor | Outer, towards: Tensor | None = None, wanted: int = 0
     ) -> Projections:
-        """Add the replicates ``[r, *shape]`` to `shard`; the first `wanted` of them are projected on the direction `towards`."""
+        """Add the replicates ``[r, *shape]`` to `shard`.
+
+        Where they are made one after the other, the first `wanted` are projected on the direction `towards` as they come by.
+        """
         found = self._add(shard, gradients, towards, wanted)
         self.count[shard] += len(gradients)
         return found
 
     def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
         self._sum(shard, gradients)
-        return {} if towards is None else self._projections(gradients[:wanted], towards)
+        return {}
 
-    def _projections(self, gradients: Tensor | Outer, towards: Tensor) -> Projections:
+    def projections(self, gradients: Tensor | Outer, towards: Tensor) -> Projections:
+        """Of replicates that were not projected while they were added."""
         if isinstance(gradients, Outer):
             return {of: gradients.columns(slice(*of)).projections(towards[:, slice(*of)]) for of in self.slices}
         along, squared = gradients * towards, gradients.square()
@@ -69,24 +73,17 @@ class Accumulator(ABC):
         """Inner products of a direction in some columns with the sums of deviations in each shard before `upto`, ``[upto]``."""
 
     @abstractmethod
-    def _tile(self, units: slice, columns: slice) -> Tile:
-        """Of some outputs and columns, flattened: per shard, the sums of deviations and of their squares; the pilot, if any."""
+    def _tiles(self, columns: slice) -> Iterator[Tile]:
+        """The coordinates of some columns in order, a few at a time."""
 
     def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
         """Of the block, or of some of its columns (last axis), in the parameter's shape."""
-        wide = len(range(*columns.indices(self.shape[-1])))
-        tall = self.shape.numel() // self.shape[-1]
-        step = max(1, TILE // wide)
-        parts = [
-            summary(*self._tile(slice(start, start + step), columns), self.count) for start in range(0, tall, step)
-        ]
-        mean, variance = (np.concatenate([getattr(part, kind) for part in parts]) for kind in ("mean", "variance"))
-        return from_sums(mean, variance, np.sum([part.sums for part in parts], axis=0), self.count, shape or self.shape)
+        return summary(self._tiles(columns), self.count, shape or self.shape)
 
     def first_not_finite(self, columns: slice) -> int | None:
         """The first shard with a gradient that is not finite in these columns, if there is one: a sum forgets no NaN."""
-        first, _, _ = self._tile(slice(None), columns)
-        return next((number for number, total in enumerate(first) if not total.isfinite().all()), None)
+        finite = np.array([[bool(f.isfinite().all()) for f in first] for first, _, _ in self._tiles(columns)]).all(0)
+        return None if finite.all() else int(finite.argmin())
 
 
 @dataclass(frozen=True)
@@ -134,12 +131,15 @@ class Coordinates(Accumulator):
     def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
         return _along(direction, [f[..., columns] for f in self.first[:upto]])
 
-    def _tile(self, units: slice, columns: slice) -> Tile:
-        def of(m: Tensor) -> Tensor:
-            return m.view(-1, self.shape[-1])[units, columns].flatten()
+    def _tiles(self, columns: slice) -> Iterator[Tile]:
+        def cut(m: Tensor) -> Sequence[Tensor]:
+            m = m.view(-1, self.shape[-1])[:, columns]
+            if m.numel() <= TILE:
+                return [m]
+            return m.flatten().split(TILE) if m.is_contiguous() else m.split(max(1, TILE // m.shape[1]))
 
-        pilot = None if self.pilot is None else of(self.pilot.dense)
-        return [of(m) for m in self.first], [of(m) for m in self.second], pilot
+        firsts, seconds = (zip(*map(cut, of), strict=True) for of in (self.first, self.second))
+        yield from zip(firsts, seconds, repeat(None) if self.pilot is None else cut(self.pilot.dense), strict=False)
 
 
 class Dense(Coordinates):
@@ -158,7 +158,7 @@ class Dense(Coordinates):
         first, second = self._places(shard)
         if towards is None or gradients.rows <= SHARED_FEW:
             add_one_by_one(gradients, first, second, self.pilot)
-            return {} if towards is None else self._projections(gradients[:wanted], towards)
+            return {}
         columns = add_one_by_one(gradients[:wanted], first, second, self.pilot, towards)
         add_one_by_one(gradients[wanted:], first, second, self.pilot)
         along, squared = ({of: m[:, slice(*of)].sum(1) for of in self.slices} for m in columns)
@@ -237,23 +237,24 @@ class Shared(Accumulator):
     def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
         return _along(product(self.inputs[:, columns], direction), list(self.first[:upto]))
 
-    def _tile(self, units: slice, columns: slice) -> Tile:
-        inputs, S = self.inputs[:, columns].T, len(self.first)
-        first = product(self.first[..., units].mT.flatten(0, 1), inputs).view(S, -1)
+    def _tiles(self, columns: slice) -> Iterator[Tile]:
+        inputs, S = self.inputs[:, columns].T, len(self.first)  # [in, n]
         n, m = pairs_of(len(self.inputs), inputs.device)
-        forms = self.second[:, units, n, m].flatten(0, 1) * twice(n, m).to(inputs)[:, 0]  # [S * t, pairs]
-        second = product(forms, inputs[:, n] * inputs[:, m]).view(S, -1)
-        return list(first), list(second), product(self.pilot[:, units].T, inputs).flatten()
+        pairs, often = inputs[:, n] * inputs[:, m], twice(n, m).to(inputs)[:, 0]
+        step = max(1, TILE // len(inputs))
+        for start in range(0, self.shape[0], step):
+            units = slice(start, start + step)
+            first = product(self.first[..., units].mT.flatten(0, 1), inputs).view(S, -1)
+            forms = self.second[:, units, n, m].flatten(0, 1) * often  # [S * t, pairs]
+            second = product(forms, pairs).view(S, -1)
+            yield list(first), list(second), product(self.pilot[:, units].T, inputs).flatten()
 
     def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
         if len(self.inputs) > 1:
             return super().moments(columns, shape)
         # Every gradient is one vector times the same inputs: the vector's moments, and how often each is seen.
-        of = summary(list(self.first[:, 0]), list(self.second[..., 0, 0]), self.pilot[0], self.count)
-        a = self.inputs[0, columns].double().cpu().numpy()
-        size, seen = float(a @ a), float(np.count_nonzero(a))
-        sums = of.sums * np.array([size, size, seen, seen, seen])[:, None]
-        return from_sums(np.outer(of.mean, a), np.outer(of.variance, a**2), sums, self.count, shape or self.shape)
+        vectors = list(self.first[:, 0]), list(self.second[..., 0, 0]), self.pilot[0]
+        return summary([vectors], self.count, self.pilot.shape[1:]).times(self.inputs[0, columns], shape or self.shape)
 
 
 class Traces(Accumulator):
@@ -278,8 +279,8 @@ class Traces(Accumulator):
     def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
         return _along(direction, [f[..., columns] for f in self.first[:upto]])
 
-    def _tile(self, units: slice, columns: slice) -> Tile:
-        return list(self.first[..., columns].flatten(1)), list(self.squares[columns.start, columns.stop]), None
+    def _tiles(self, columns: slice) -> Iterator[Tile]:
+        yield list(self.first[..., columns].flatten(1)), list(self.squares[columns.start, columns.stop]), None
 
     def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
         """Variances of coordinates are not known: nan.
@@ -300,8 +301,8 @@ class Traces(Accumulator):
             if variance * left < least * second:
                 raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")
             rows.append([square / left**2, variance, math.nan, math.nan, math.nan])
-        mean = (total.double() / n).cpu().numpy()
-        return from_sums(mean, np.full(mean.shape, math.nan), np.array(rows).T, self.count, shape or self.shape)
+        pooled = Pooled(n, shape or self.shape, total.cpu(), torch.full_like(total, math.nan).cpu())
+        return moments_of(pooled, np.array(rows), [n, *(n - self.count).tolist()])
 
 
 def _along(direction: Tensor, vectors: Sequence[Tensor]) -> Array:

@@ -135,22 +135,26 @@ class Folding:
         self._finished.clear()
         if made.log_w is not None:
             self._observe(made.log_w, replicates.start)
+        early: dict[str, list[Projections]] = {name: [] for name in made.blocks}
+        projected, pulling = [], []
         for number, rows in self._pieces(replicates):
             if number == self.half and not self._towards:
                 self._project()
             wanted = min(rows.stop - rows.start, self._to_project[number])
-            self._to_project[number] -= wanted
-            projections = {
-                name: self.sums[name].fold(number, block[rows], self._towards[name] if wanted else None, wanted)
-                for name, block in made.blocks.items()
-            }
+            for name, block in made.blocks.items():
+                towards = self._towards[name] if wanted else None
+                early[name].append(self.sums[name].fold(number, block[rows], towards, wanted))
             if wanted:
+                self._to_project[number] -= wanted
                 self._projected[number] += wanted
-                self._keep(projections, replicates.start + rows.start, wanted)
-            if few := min(wanted, self._to_pull[number]):
+                projected.append(range(rows.start, rows.start + wanted))
+                few = min(wanted, self._to_pull[number])
                 self._to_pull[number] -= few
-                pulling = slice(rows.start, rows.start + few)
-                self._pull({name: block[pulling] for name, block in made.blocks.items()}, replicates.start + rows.start)
+                pulling += [slice(rows.start, rows.start + few)] if few else []
+        if projected:
+            self._keep(made, early, np.concatenate(projected), replicates.start)
+        for rows in pulling:
+            self._pull({name: block[rows] for name, block in made.blocks.items()}, replicates.start + rows.start)
 
     def _project(self) -> None:
         """From here on, replicates are projected on the directions of mean gradients."""
@@ -267,11 +271,15 @@ class Folding:
         means = {name: values.mean(-1) for name, values in shared.items()}
         for e, estimator in enumerate(self.estimators):
             for name, values in ({"objective": estimator.objective(log_w).mean(-1)} | means).items():
-                self._put(self._scalars[e], name, start, values)
+                self._put(self._scalars[e], name, slice(start, start + len(values)), values)
 
-    def _keep(self, projections: Mapping[str, Projections], start: int, wanted: int) -> None:
-        """Keep the projections of some replicates from `start` on."""
-        nothing = (torch.zeros(wanted), torch.zeros(wanted))
+    def _keep(self, made: Pass, early: Mapping[str, list[Projections]], rows: Array, start: int) -> None:
+        """Keep the projections of some rows of a pass whose replicates begin at `start`, those made early or made now."""
+        which, nothing = torch.from_numpy(rows), (torch.zeros(len(rows)), torch.zeros(len(rows)))
+        projections = {
+            name: _joined(early[name]) or self.sums[name].projections(block[which], self._towards[name])
+            for name, block in made.blocks.items()
+        }
         for e, parameters in enumerate(self.parameters):
             for group in parameters:
                 pairs = [
@@ -281,8 +289,8 @@ class Folding:
                 along, squared = (sum(values).double() for values in zip(*pairs or [nothing], strict=True))
                 # What lies across the direction is not told by digits that are not there.
                 steady = squared - along.square() < least * squared
-                self._put(self._along[e], group, start, along)
-                self._put(self._squared[e], group, start, torch.where(steady, along.square(), squared))
+                self._put(self._along[e], group, start + rows, along)
+                self._put(self._squared[e], group, start + rows, torch.where(steady, along.square(), squared))
 
     def _pull(self, blocks: Mapping[str, Tensor | Outer], start: int) -> None:
         """Let some replicates from `start` on pull at each direction."""
@@ -292,14 +300,14 @@ class Folding:
             gradients = {name: _columns(blocks[part.block], part.columns) for name, part in self._of(e, group)}
             direction.pull(gradients, self._along[e][group][start:stop], self._squared[e][group][start:stop])
 
-    def _put(self, into: dict[str, Array], name: str, start: int, values: Tensor) -> None:
+    def _put(self, into: dict[str, Array], name: str, at: slice | Array, values: Tensor) -> None:
         kept = into.get(name)
         if kept is None or len(kept) < self.replicates:
             grown = np.empty(self.replicates)
             if kept is not None:
                 grown[: len(kept)] = kept
             kept = into[name] = grown
-        kept[start : start + len(values)] = values.double().cpu().numpy()
+        kept[at] = values.double().cpu().numpy()
 
     def _pieces(self, replicates: range) -> Iterator[tuple[int, slice]]:
         for shard, number in self._shards:
@@ -311,6 +319,15 @@ class Folding:
 def _key(parts: Mapping[str, Part]) -> tuple[tuple[str, int | None], ...]:
     """What tells the gradient of a group from that of other groups, and of other estimators."""
     return tuple((part.block, part.columns.start) for part in parts.values())
+
+
+def _joined(parts: Sequence[Projections]) -> Projections:
+    """Of all the replicates; nothing if there are none."""
+    found = [part for part in parts if part]
+    return {
+        of: (torch.cat([part[of][0] for part in found]), torch.cat([part[of][1] for part in found]))
+        for of in (found[0] if found else ())
+    }
 
 
 def _columns(gradients: Tensor | Outer, which: slice) -> Tensor | Outer:

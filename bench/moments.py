@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from gradiometer.bench.formulas import Sums
 from gradiometer.estimators.noise import BLOCK
 
 SHARDS = 16
-TILE = 2**16  # elements of a temporary that stays in the cache nearest the processor
+TILE = 2**16  # elements of a temporary that stays in a cache near the processor
 Array = NDArray[np.float64]
+Tile = tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]
+"""Of some coordinates, per shard the sums of deviations and of their squares; the pilot, if there is one."""
 
 
 def number_of(replicates: int, times: int = 1) -> int:
@@ -42,13 +44,44 @@ def shards(replicates: int, number: int | None = None) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
+Made = tuple[Tensor, Tensor, list[tuple[float, ...]]]
+"""Sums of deviations and of squares over all shards; by what is left out, the fields of `Sums` but n, but for their scales."""
+
+
 @dataclass(frozen=True)
 class Pooled:
-    """Mean and unbiased variance of each coordinate over ``n`` replicates, float64."""
+    """Mean and unbiased variance of each coordinate over ``n`` replicates, in float64 made when they are read.
+
+    Attributes:
+        shape: the parameter's.
+        first, second: sums of deviations and of their squares.
+        pilot: what deviations are taken from; zero if None.
+        inputs: if given, every gradient is the outer product of a vector, whose sums these are, with the same inputs.
+    """
 
     n: float
-    mean: Array
-    variance: Array
+    shape: Sequence[int]
+    first: Tensor
+    second: Tensor
+    pilot: Tensor | None = None
+    inputs: Tensor | None = None
+
+    @property
+    def mean(self) -> Array:
+        mean = self.first.double() / self.n
+        return self._of(mean if self.pilot is None else mean + self.pilot, self.inputs)
+
+    @property
+    def variance(self) -> Array:
+        squares = self.second - self.first.double() ** 2 / self.n
+        return self._of(
+            squares.clamp_(min=0) / (self.n - 1), None if self.inputs is None else self.inputs.double() ** 2
+        )
+
+    def _of(self, values: Tensor, inputs: Tensor | None) -> Array:
+        whole = values if inputs is None else torch.outer(values, inputs.double())
+        found: Array = whole.reshape(self.shape).numpy()
+        return found
 
 
 @dataclass(frozen=True)
@@ -59,28 +92,61 @@ class Moments:
     sums: Sums
     without: tuple[Sums, ...]
 
+    def times(self, inputs: Tensor, shape: Sequence[int]) -> Moments:
+        """Of gradients that are outer products: these vectors with the same inputs every time."""
+        size, seen = float(inputs.double().square().sum()), int(inputs.count_nonzero())
+        total, *without = (
+            Sums(
+                of.n,
+                size * of.squared_mean,
+                size * of.variance,
+                *(seen * n for n in (of.noisy, of.signal, of.squared_signal)),
+            )
+            for of in (self.sums, *self.without)
+        )
+        return Moments(replace(self.pooled, shape=shape, inputs=inputs.cpu()), total, tuple(without))
 
-@dataclass(frozen=True)
-class Summary:
-    """Of some coordinates: mean and variance, and the fields of `Sums` but n, over all shards and without each, ``[5, 1 + S]``."""
 
-    mean: Array
-    variance: Array
-    sums: Array
+def summary(tiles: Iterable[Tile], count: Array, shape: Sequence[int]) -> Moments:
+    """Of coordinates that come a few at a time: from all shards, and without each in turn."""
+    left = [float(count.sum()), *(count.sum() - count).tolist()]
+    pooled: list[list[Tensor]] = [[], [], []]
+    sums = []
+    for first, second, pilot in tiles:
+        few = len(first) * first[0].numel() <= TILE
+        total, squares, rows = (_of_few if few else _of_many)(first, second, pilot, left)
+        for kept, of in zip(pooled, (total, squares, pilot), strict=True):
+            kept += [] if of is None else [of.flatten()]
+        sums.append(rows)
+    of_all = Pooled(left[0], shape, *(torch.cat(parts).cpu() for parts in pooled if parts))
+    scales = [(1 / n**2, 1 / (n - 1), 1, math.sqrt(n - 1) / n, (n - 1) / n**2) for n in left]
+    return moments_of(of_all, np.sum(sums, axis=0) * np.array(scales), left)
 
 
-def summary(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | None, count: Array) -> Summary:
-    n = float(count.sum())
-    total, squares = total_of(first), total_of(second)
-    rows = [_sums(total.clone(), squares.clone(), pilot, n)]
-    a, v = torch.empty_like(total), torch.empty_like(total)
-    for f, s, taken in zip(first, second, count, strict=True):
-        rows.append(_sums(torch.sub(total, f, out=a), torch.sub(squares, s, out=v), pilot, n - float(taken)))
-    mean = total.double().div_(n)
-    variance = squares.double().addcmul_(mean, mean, value=-n).clamp_(min=0).div_(n - 1)
+def _of_few(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | None, left: Sequence[float]) -> Made:
+    """All together and without each shard, at once."""
+    nothing, n = torch.zeros_like(first[0]), torch.tensor(left).to(first[0]).unsqueeze(1)
+    means, variances = (torch.stack([nothing, *parts]).flatten(1) for parts in (first, second))
+    total, squares = means.sum(0), variances.sum(0)
+    torch.sub(total, means, out=means)  # times n, and variances times n - 1
+    torch.sub(squares, variances, out=variances).sub_(means.square().div_(n))
     if pilot is not None:
-        mean += pilot
-    return Summary(mean.cpu().numpy(), variance.cpu().numpy(), np.array(rows).T)
+        means.addcmul_(n, pilot.flatten())
+    return total, squares, _sums(means, variances, torch.empty_like(means))
+
+
+def _of_many(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | None, left: Sequence[float]) -> Made:
+    """All together and without each shard, one after the other, so that what is made of them stays in a cache."""
+    total, squares = total_of(first), total_of(second)
+    mean, variance, ratio = total.new_empty(3, *total.shape)
+    nothing, rows = total.new_zeros(()), list[tuple[float, ...]]()
+    for f, s, n in zip([nothing, *first], [nothing, *second], left, strict=True):
+        torch.sub(total, f, out=mean)
+        torch.sub(squares, s, out=variance).addcmul_(mean, mean, value=-1 / n)
+        if pilot is not None:
+            mean.add_(pilot, alpha=n)
+        rows += _sums(*(of.view(1, -1) for of in (mean, variance, ratio)))
+    return total, squares, rows
 
 
 def total_of(parts: Sequence[Tensor]) -> Tensor:
@@ -90,26 +156,28 @@ def total_of(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _sums(first: Tensor, second: Tensor, pilot: Tensor | None, n: float) -> list[float]:
-    """The fields of `Sums` but n, from sums of deviations and of their squares, which it uses up."""
-    variance = second.addcmul_(first, first, value=-1 / n)  # times n - 1
-    mean = first if pilot is None else first.add_(pilot, alpha=n)  # times n
-    noisy, ratio = len(variance), variance.rsqrt().mul_(mean)
-    if not math.isfinite(squared_ratio := float(torch.dot(ratio, ratio))):  # no variance, no ratio
+def _sums(mean: Tensor, variance: Tensor, ratio: Tensor) -> list[tuple[float, ...]]:
+    """The fields of `Sums` but n, but for their scales, of each row; `ratio` is a place for ratios, and variances may change."""
+    noisy, ratio = [mean.shape[1]] * len(mean), torch.rsqrt(variance, out=ratio).mul_(mean)
+    if not all(map(math.isfinite, squared_ratio := _squared_norms(ratio))):  # no variance, no ratio
         noise = variance.clamp_(min=0).rsqrt().nan_to_num_(posinf=0.0)
-        noisy, ratio = int(torch.count_nonzero(noise)), noise.mul_(mean)
-        squared_ratio = float(torch.dot(ratio, ratio))
-    scales = (1 / n**2, 1 / (n - 1), 1, math.sqrt(n - 1) / n, (n - 1) / n**2)
-    sums = (float(torch.dot(mean, mean)), float(variance.sum()), noisy, float(ratio.abs_().sum()), squared_ratio)
-    return [value * scale for value, scale in zip(sums, scales, strict=True)]
+        noisy, ratio = torch.count_nonzero(noise, 1).tolist(), noise.mul_(mean)
+        squared_ratio = _squared_norms(ratio)
+    sums = (_squared_norms(mean), variance.sum(1).tolist(), noisy, ratio.abs_().sum(1).tolist(), squared_ratio)
+    return list(zip(*sums, strict=True))
 
 
-def from_sums(mean: Array, variance: Array, sums: Array, count: Array, shape: Sequence[int]) -> Moments:
-    n = float(count.sum())
-    total, *without = (Sums(left, *of) for left, of in zip([n, *(n - count)], sums.T.tolist(), strict=True))
-    return Moments(Pooled(n, mean.reshape(shape), variance.reshape(shape)), total, tuple(without))
+def _squared_norms(rows: Tensor) -> list[float]:
+    return [norm**2 for norm in torch.linalg.vector_norm(rows, dim=1).tolist()]
+
+
+def moments_of(pooled: Pooled, sums: Array, left: Sequence[float]) -> Moments:
+    """From the fields of `Sums`, n `left` of all shards and without each, and the others ``[1 + S, 5]``."""
+    total, *without = (Sums(n, *of) for n, of in zip(left, sums.tolist(), strict=True))
+    return Moments(pooled, total, tuple(without))
 
 
 def zero(shape: torch.Size, count: Array) -> Moments:
     """Of a parameter whose gradient is always zero."""
-    return from_sums(np.zeros(shape), np.zeros(shape), np.zeros((5, 1 + len(count))), count, shape)
+    left, zeros = [float(count.sum()), *(count.sum() - count).tolist()], torch.zeros(()).expand(shape)
+    return moments_of(Pooled(left[0], shape, zeros, zeros), np.zeros((len(left), 5)), left)

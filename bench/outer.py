@@ -34,9 +34,9 @@ class Outer:
     cotangents: Tensor
 
     def __len__(self) -> int:
-        return len(self.cotangents)
+        return self.cotangents.shape[0]
 
-    def __getitem__(self, replicates: slice) -> Outer:
+    def __getitem__(self, replicates: slice | Tensor) -> Outer:
         return Outer(self.inputs if self.shared else self.inputs[replicates], self.cotangents[replicates])
 
     def __add__(self, other: Outer) -> Outer:
@@ -57,7 +57,7 @@ class Outer:
     @property
     def shared(self) -> bool:
         """Whether all replicates have the same inputs."""
-        return len(self.inputs) == 1 < len(self)
+        return self.inputs.shape[0] == 1 < self.cotangents.shape[0]
 
     def flat(self) -> Outer:
         """The same with all rows on one axis."""
@@ -74,6 +74,8 @@ class Outer:
     def dense(self) -> Tensor:
         """The gradients themselves, ``[r, out, in]``."""
         flat = self.flat()
+        if self.rows == 1:
+            return flat.cotangents.mT * flat.inputs
         return flat.cotangents.mT @ flat.inputs
 
     def each(self, units: slice = slice(None)) -> Iterator[Tensor]:

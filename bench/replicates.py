@@ -151,7 +151,8 @@ def _batched(
 ) -> list[Plan]:
     """One pass; or two, each with half of the estimators, where the moments of all would take most of the memory."""
     first = subjects[0]
-    width = sum(math.prod(b.shape if isinstance(b, Outer) else b.shape[1:]) for b in made.blocks.values())
+    one = [block[:1] for block in made.blocks.values()]
+    width = sum(math.prod(b.shape if isinstance(b, Outer) else b.shape[1:]) for b in one)
     held = 2 * SHARDS * first.x.element_size() * width
     if held > memory / 2 and len(subjects) > 1:
         half = len(subjects) // 2
@@ -223,12 +224,18 @@ def _apart(made: Pass, position: int, subject: Subject, seed: int) -> str | None
     single = _one(subject, Rng(seed, 1, "measure", subject.x.device)).gradients
     batched = dense(made, position, subject.parameters, slice(1, 2)).gradients
     for name, gradient in single.items():
-        same = (batched[name][0] == gradient) | (batched[name][0].isnan() & gradient.isnan())
-        off = (batched[name][0] - gradient).abs().masked_fill(same, 0).max()
-        scale = float(gradient.nan_to_num(0, 0, 0).abs().max())
-        if not off <= 10 * math.sqrt(torch.finfo(gradient.dtype).eps) * max(1e-6, scale):
-            return f"batched, its gradient of {name!r} differs by {float(off):.2g}"
+        off, scale = batched[name][0] - gradient, gradient
+        if not math.isfinite(_largest(off)):  # numbers that are none in both are the same
+            same = (batched[name][0] == gradient) | (batched[name][0].isnan() & gradient.isnan())
+            off, scale = off.masked_fill(same, 0), gradient.nan_to_num(0, 0, 0)
+        if not _largest(off) <= 10 * math.sqrt(torch.finfo(gradient.dtype).eps) * max(1e-6, _largest(scale)):
+            return f"batched, its gradient of {name!r} differs by {_largest(off):.2g}"
     return None
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value, or nan if one is."""
+    return float(torch.maximum(values.amax(), -values.amin()))
 
 
 def _one(subject: Subject, rng: Rng) -> Any:

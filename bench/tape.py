@@ -44,6 +44,21 @@ class Part:
         return dense.reshape(len(block), *self.shape)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Gradients ``[r, *n, columns]`` of small parameters side by side: only those of the replicates that are asked for are made."""
+
+    parts: Sequence[Tensor | Outer]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, replicates: slice | Tensor) -> Tensor:
+        made = [part[replicates] for part in self.parts]
+        dense = [part.dense() if isinstance(part, Outer) else part for part in made]
+        return torch.cat([part.movedim(-1, 1).flatten(1) for part in dense], 1)
+
+
 @dataclass
 class Pass:
     """Gradients of some replicates for several estimators.
@@ -54,7 +69,7 @@ class Pass:
         log_w: detached, ``[K, r, B]``.
     """
 
-    blocks: dict[str, Tensor | Outer]
+    blocks: dict[str, Tensor | Outer | Beside]
     parts: list[dict[str, Part]]
     log_w: Tensor | None
 
@@ -163,7 +178,8 @@ class Tape:
         self.R, self.network = R, network
         self.calls: list[Call] = []  # all of them: a later surrogate may reach back into the graph of an earlier one
         self.guides: list[_Guide] = []
-        self.blocks: dict[str, Tensor | Outer] = {}
+        self.weights: dict[str, Outer] = {}
+        self.others: dict[str, Tensor | Outer] = {}  # biases and free parameters
         self.parts: list[dict[str, Part]] = [{} for _ in range(estimators)]
         self._leaves = {  # beside events of the same shape
             name: p.detach().expand(R, 1, *p.shape).requires_grad_() for name, (_, _, p) in network.free.items()
@@ -245,9 +261,9 @@ class Tape:
                 inputs = factors.inputs.reshape(1, -1, factors.inputs.shape[-1])
                 for owner, rows in zip(owners, factors.cotangents.split(self.R), strict=True):
                     cotangents = rows.reshape(self.R, -1, rows.shape[-1])
-                    self._add(factors.weight, Outer(inputs, cotangents), [[owner]], owner)
+                    self._add(self.weights, factors.weight, Outer(inputs, cotangents), [[owner]], owner)
                     if factors.bias is not None:
-                        self._add(factors.bias, cotangents.sum(1).unsqueeze(-1), [[owner]], owner)
+                        self._add(self.others, factors.bias, _summed(cotangents), [[owner]], owner)
 
     def put(
         self,
@@ -267,30 +283,29 @@ class Tape:
                 alone = owners[0][0] if columns is None else None
                 if columns is not None:
                     inputs = _weighted(inputs, columns)
-                self._add(factors.weight, Outer(inputs, cotangents), owners, alone)
+                self._add(self.weights, factors.weight, Outer(inputs, cotangents), owners, alone)
                 if factors.bias is not None:
-                    plain = cotangents.sum(1).unsqueeze(-1) if columns is None else _summed(factors.cotangents, columns)
-                    self._add(factors.bias, plain, owners, alone)
+                    made = _summed(cotangents) if columns is None else _weighted_sum(factors.cotangents, columns)
+                    self._add(self.others, factors.bias, made, owners, alone)
 
     def put_free(self, name: str, slope: Tensor | None, owners: Sequence[int]) -> None:
         """Add a gradient ``[R, 1, *shape]`` of the copies of a parameter outside layers."""
         if slope is not None:
             _, _, parameter = self.network.free[name]
-            self._add(parameter, slope.flatten(1).unsqueeze(-1), [owners], owners[0])
+            self._add(self.others, parameter, slope.flatten(1).unsqueeze(-1), [owners], owners[0])
 
     def finished(self, log_w: Tensor | None) -> Pass:
-        """All that was added; what is no outer product (biases, free parameters) as one block."""
-        blocks: dict[str, Tensor | Outer] = {name: b for name, b in self.blocks.items() if isinstance(b, Outer)}
-        others = {name: b for name, b in self.blocks.items() if isinstance(b, Tensor)}
+        """All that was added; biases and free parameters as one block."""
+        blocks: dict[str, Tensor | Outer | Beside] = dict(self.weights)
         at, start = {}, 0
-        for name, block in others.items():
+        for name, block in self.others.items():
             at[name] = start
-            start += block[0].numel()
-        if others:
-            blocks["others"] = torch.cat([b.movedim(-1, 1).flatten(1) for b in others.values()], 1)
+            start += block.shape.numel() if isinstance(block, Outer) else block[0].numel()
+        if self.others:
+            blocks["others"] = Beside(tuple(self.others.values()))
         for parts in self.parts:
             for name, part in parts.items():
-                if part.block in others:
+                if part.block in self.others:
                     wide = part.shape.numel()
                     begin = at[part.block] + part.columns.start * wide
                     parts[name] = Part("others", slice(begin, begin + wide), part.shape)
@@ -310,14 +325,15 @@ class Tape:
             rows, axis = rows.reshape(-1, self.R, B, *rows.shape[-2:]), 1
         return rows.movedim(axis, 0).flatten(1, -2)
 
-    def _add(self, parameter: Tensor, made: Tensor | Outer, owners: Owners, alone: int | None = None) -> None:
+    def _add(
+        self, into: dict[str, Any], parameter: Tensor, made: Tensor | Outer, owners: Owners, alone: int | None
+    ) -> None:
         """Add gradients of a parameter, side by side on the last axis for those who own them, or of one estimator `alone`."""
         name = self.network.owner.get(id(parameter))
         if name is None:  # frozen
             return
         block = name if alone is None else f"{name}#{alone}"
-        before = self.blocks.get(block)
-        self.blocks[block] = made if before is None else before + made  # type: ignore[operator]
+        into[block] = into[block] + made if block in into else made
         wide = made.shape[-1] // len(owners)
         for column, estimators in enumerate(owners):
             part = Part(block, slice(column * wide, (column + 1) * wide), parameter.shape)
@@ -334,16 +350,23 @@ def _weighted(inputs: Tensor, columns: Sequence[Tensor]) -> Tensor:
     return made.flatten(-2)
 
 
-def _summed(cotangents: Tensor, columns: Sequence[Tensor]) -> Tensor:
-    """The gradient of a bias from rows ``[.., L, out]`` of its layer's outputs: their weighted sums, ``[R, out, C]``."""
+def _summed(cotangents: Tensor) -> Tensor:
+    """The gradient of a bias from the rows ``[R, n, out]`` of its layer's outputs, ``[R, out, 1]``."""
+    return cotangents.mT if cotangents.shape[1] == 1 else cotangents.sum(1).unsqueeze(-1)
+
+
+def _weighted_sum(cotangents: Tensor, columns: Sequence[Tensor]) -> Tensor | Outer:
+    """The gradients of a bias from rows ``[.., L, out]`` of its layer's outputs, weighted by each column, ``[R, out, C]``."""
     K, R, B = columns[0].shape
     if cotangents.shape[-2] > 1:
         cotangents = cotangents.sum(-2, keepdim=True)
     rows, weights = cotangents.view(K, R, B, -1), torch.stack(list(columns), 2)  # [K, R, B, out], [K, R, C, B]
+    if K * B == 1:  # no sum: it can wait
+        return Outer(weights[0].mT, rows[0])
     if B > 1:
         return (weights @ rows).sum(0).mT
     rows, weights = rows[:, :, 0].movedim(0, 1), weights[..., 0].movedim(0, 2)  # [R, K, out], [R, C, K]
-    return (rows * weights if K == 1 else weights @ rows).mT
+    return (weights @ rows).mT
 
 
 def gradient(total: Tensor, wanted: Sequence[Tensor], along: Tensor | None = None) -> list[Tensor | None]:
