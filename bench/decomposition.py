@@ -26,7 +26,7 @@ from gradiometer.bench.moments import Array
 from gradiometer.bench.oneway import OneWay, parts_of
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.products import full_precision
-from gradiometer.bench.replicates import MEMORY, Engine, Plan, Subject, draws
+from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, Subject, draws
 from gradiometer.bench.statistics import Value
 from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.bench.training import settled
@@ -158,7 +158,7 @@ def decompose(
             state = settled(estimator, model, x, seed, lambda step: minibatch(problem, seed, step, "settle").to(x))
             subjects.append(Subject(estimator, counted, x, state, trainable(model, state)))
         asked = _Asked(problem, minibatches, replicates, seed)
-        return Ways(engine, seed, memory, chunk).carry_out(asked.of, subjects, traces=True)
+        return Ways(engine, seed, Limits(memory, chunk)).carry_out(asked.of, subjects, traces=True)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradiometer.bench import formulas
 from gradiometer.bench.accumulators import Accumulator, Projections, accumulator
-from gradiometer.bench.gradients import Parameters
+from gradiometer.bench.gradients import Parameters, coordinates
 from gradiometer.bench.moments import Array, Moments, number_of, shards, zero
 from gradiometer.bench.outer import Outer
 from gradiometer.bench.tape import NotRows, Part, Pass
@@ -21,7 +21,6 @@ from gradiometer.estimators.noise import BLOCK
 from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
 
 PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
-FINE = 2**16  # coordinates of a gradient up to which finer shards are four times as many; beyond, twice
 PULLING = 64  # of the projected ones, how many tell how a ratio hangs on its direction, which is a part of its error
 SMALL = 2**12  # coordinates of a gradient up to which all of the second half are: it costs next to nothing
 
@@ -89,8 +88,7 @@ class Folding:
     ) -> None:
         self.estimators, self.parameters, self.traces, self.means = list(estimators), list(parameters), traces, means
         self.replicates = 0
-        size = max(sum(p.numel() for members in of.values() for p in members.values()) for of in parameters)
-        self.number = number_of(replicates, (4 if size <= FINE else 2) if finer else 1)
+        self.number = number_of(replicates, max(map(coordinates, parameters)) if finer else None)
         self.sums: dict[str, Accumulator] = {}
         self.parts: list[dict[str, Part]] = []
         self._towards: dict[str, Tensor] = {}  # by block, unit vectors of each group

@@ -67,6 +67,11 @@ def estimated(estimator: Estimator, state: State, parameters: Parameters) -> Par
     return {group: members for group, members in parameters.items() if group not in beside}
 
 
+def coordinates(parameters: Parameters) -> int:
+    """How many a gradient has."""
+    return sum(p.numel() for members in parameters.values() for p in members.values())
+
+
 def surrogates(estimator: Estimator, model: Any, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
     """The estimator's surrogates, one or several."""
     return each(estimator.surrogate(model, x, rng, state))

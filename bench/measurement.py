@@ -18,7 +18,7 @@ from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.measured import Compared, Measurement, of_moments
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.products import full_precision
-from gradiometer.bench.replicates import MEMORY, Engine, Plan, Subject, active_units, draws, looped, plans
+from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, Subject, active_units, draws, looped, plans
 from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import settled
 from gradiometer.estimators.base import Estimator, State
@@ -141,7 +141,7 @@ def measure_all(
             trusted = measure(problem, reference, seed=seed + 1, only=["gradient_norm"], **options)
             means = {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
         subjects = [_subject(estimator, counted, x, seed) for estimator in estimators]
-        ways = Ways(engine, seed, memory, chunk)
+        ways = Ways(engine, seed, Limits(memory, chunk, finer=precision is not None))
         budget = budget or 100 * replicates
         asked = _Asked(problem, replicates, seed, means, precision, budget, units, finer=precision is not None)
         traces = bool(only) and not set(only) & set(metrics.OF_COORDINATES)
@@ -195,8 +195,7 @@ class Ways:
 
     engine: Engine
     seed: int
-    memory: int
-    chunk: int | None
+    limits: Limits
 
     def carry_out(self, run: Callable[[Plan], Sequence[T]], subjects: Sequence[Subject], traces: bool) -> list[T]:
         """What `run` makes of each subject, whatever becomes of the first plan.
@@ -209,7 +208,7 @@ class Ways:
             Failure: there is no way, or none that was asked for.
         """
         found: dict[int, T] = {}
-        waiting = plans(subjects, self.engine, self.seed, self.memory, self.chunk)
+        waiting = plans(subjects, self.engine, self.seed, self.limits)
         if self.engine == "auto" and traces:
             waiting = [replace(p, engine="ghost") if p.gains_from_traces else p for p in waiting]
         while waiting:

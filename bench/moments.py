@@ -19,14 +19,20 @@ from gradiometer.bench.formulas import Sums
 from gradiometer.estimators.noise import BLOCK
 
 SHARDS = 16
+FINE = 2**16  # coordinates of a gradient up to which finer shards are four times as many; beyond, twice
 TILE = 2**16  # elements of a temporary that stays in a cache near the processor
 Array = NDArray[np.float64]
 Tile = tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]
 """Of some coordinates, per shard the sums of deviations and of their squares; the pilot, if there is one."""
 
 
-def number_of(replicates: int, times: int = 1) -> int:
-    """How many shards: so many times `SHARDS`; of few replicates fewer, but 4, so that each half of them has one to leave out."""
+def number_of(replicates: int, finer: int | None = None) -> int:
+    """How many shards: `SHARDS`; of few replicates fewer, but 4, so that each half of them has one to leave out.
+
+    Args:
+        finer: coordinates of a gradient, for shards that are as many times more as their memory allows.
+    """
+    times = 1 if finer is None else 4 if finer <= FINE else 2
     return min(times * SHARDS, max(4, replicates // 2))
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gradiometer.bench.accumulators import SHARED_FEW
 from gradiometer.bench.batched import Batch, dense, together
-from gradiometer.bench.gradients import Parameters, estimated, one, trainable
-from gradiometer.bench.moments import SHARDS
+from gradiometer.bench.gradients import Parameters, coordinates, estimated, one, trainable
+from gradiometer.bench.moments import number_of
 from gradiometer.bench.outer import Outer
 from gradiometer.bench.tape import NotRows, Part, Pass
 from gradiometer.estimators.base import Estimator, State
@@ -27,6 +27,21 @@ CHUNK = {"cpu": 36 * 2**20}
 GPU_CHUNK = 2**30  # enough to fill a graphics processor
 MOST = 4096  # replicates in a batch, however small
 MEMORY = 2 * 2**30  # bytes a measurement may take beside the model and the data, if nothing else is asked
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What passes may take.
+
+    Attributes:
+        memory: bytes beside the model and the data.
+        chunk: replicates in a batch; from B, K, the device and the memory if None.
+        finer: whether finer shards are kept.
+    """
+
+    memory: int = MEMORY
+    chunk: int | None = None
+    finer: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +106,7 @@ class Plan:
         return found
 
 
-def plans(subjects: Sequence[Subject], engine: Engine, seed: int, memory: int, chunk: int | None) -> list[Plan]:
+def plans(subjects: Sequence[Subject], engine: Engine, seed: int, limits: Limits) -> list[Plan]:
     """Passes that serve all estimators, those given by weights of as many particles together.
 
     Replicates are batched only after each estimator's were seen to equal the slow twin's; what cannot be batched is looped, with
@@ -106,7 +121,7 @@ def plans(subjects: Sequence[Subject], engine: Engine, seed: int, memory: int, c
         first = waiting[0]
         group = [s for s in waiting if together([first.estimator, s.estimator])] or waiting[:1]
         waiting = [s for s in waiting if s not in group]
-        found += [looped(s) for s in group] if engine == "loop" else _agreed(group, engine, seed, memory, chunk)
+        found += [looped(s) for s in group] if engine == "loop" else _agreed(group, engine, seed, limits)
     return found
 
 
@@ -146,24 +161,22 @@ def _probed(subjects: Sequence[Subject], seed: int) -> tuple[Batch, Pass]:
         raise NotRows(f"in batches there is a {type(error).__name__}: {said}") from error
 
 
-def _batched(
-    subjects: Sequence[Subject], batch: Batch, made: Pass, engine: Engine, memory: int, chunk: int | None
-) -> list[Plan]:
+def _batched(subjects: Sequence[Subject], batch: Batch, made: Pass, engine: Engine, limits: Limits) -> list[Plan]:
     """One pass; or two, each with half of the estimators, where the moments of all would take most of the memory."""
-    first = subjects[0]
+    first, memory = subjects[0], limits.memory
+    shards = number_of(MOST, max(coordinates(s.parameters) for s in subjects) if limits.finer else None)
     one = [block[:1] for block in made.blocks.values()]
     width = sum(math.prod(b.shape if isinstance(b, Outer) else b.shape[1:]) for b in one)
-    held = 2 * SHARDS * first.x.element_size() * width
+    held = 2 * shards * first.x.element_size() * width
     if held > memory / 2 and len(subjects) > 1:
         half = len(subjects) // 2
         found = []
         for part in (subjects[:half], subjects[half:]):
             batch = _batch(part)
-            found += _batched(part, batch, batch.draw(_probe(first, seed=0)), engine, memory, chunk)
+            found += _batched(part, batch, batch.draw(_probe(first, seed=0)), engine, limits)
         return found
     wanted = min(CHUNK.get(first.x.device.type, GPU_CHUNK), (memory - held) // len(subjects)) // batch.bytes_each
-    size = chunk or chunk_size(wanted)
-    return [Plan(engine, tuple(subjects), size, batch)]
+    return [Plan(engine, tuple(subjects), limits.chunk or chunk_size(wanted), batch)]
 
 
 def _probe(subject: Subject, seed: int) -> Rng:
@@ -177,7 +190,7 @@ def chunk_size(wanted: int) -> int:
     return wanted // BLOCK * BLOCK if wanted >= BLOCK else 2 ** wanted.bit_length() // 2
 
 
-def _agreed(group: Sequence[Subject], engine: Engine, seed: int, memory: int, chunk: int | None) -> list[Plan]:
+def _agreed(group: Sequence[Subject], engine: Engine, seed: int, limits: Limits) -> list[Plan]:
     """Passes of those estimators whose replicates equal the slow twin's, and loops of the others."""
     chosen: Engine = "rows" if engine == "auto" else engine
 
@@ -195,7 +208,7 @@ def _agreed(group: Sequence[Subject], engine: Engine, seed: int, memory: int, ch
             batch, made = _probed(candidates, seed)
         except NotRows as error:
             if len(candidates) > 1:  # each may still be batched by itself
-                return apart + [plan for s in candidates for plan in _agreed([s], engine, seed, memory, chunk)]
+                return apart + [plan for s in candidates for plan in _agreed([s], engine, seed, limits)]
             return [*apart, alone(candidates[0], str(error))]
         for position, subject in enumerate(candidates):
             if (difference := _difference(made, position, subject, seed)) is None:
@@ -204,7 +217,7 @@ def _agreed(group: Sequence[Subject], engine: Engine, seed: int, memory: int, ch
                 apart.append(alone(subject, difference))
     if rows and len(rows) < len(candidates):
         batch, made = _probed(rows, seed)
-    return (_batched(rows, batch, made, chosen, memory, chunk) if rows else []) + apart
+    return (_batched(rows, batch, made, chosen, limits) if rows else []) + apart
 
 
 def _difference(made: Pass, position: int, subject: Subject, seed: int) -> str | None:

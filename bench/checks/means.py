@@ -16,7 +16,7 @@ from gradiometer.bench.checks.targets import objective_of, target
 from gradiometer.bench.checks.trials import Array, Schedule, Source, Verdict, trial
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import trainable
-from gradiometer.bench.replicates import MEMORY, Subject, draws, plans
+from gradiometer.bench.replicates import Limits, Subject, draws, plans
 from gradiometer.bench.training import initial_state, learn
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.registry import parse
@@ -150,7 +150,7 @@ def learning_helps(estimator: Estimator, world: World) -> Iterator[Claim]:
 def gradients(estimator: Estimator, world: World, layout: Layout, state: State, seed: int = SEED) -> Source:
     """A source of an estimator's gradients, flat ``[n, P]``, made as the harness makes them."""
     subject = Subject(estimator, world.model, world.x, state, trainable(world.model, state))
-    (plan,) = plans([subject], "auto", seed, MEMORY, None)
+    (plan,) = plans([subject], "auto", seed, Limits())
 
     def source(replicates: range) -> Array:
         rows = []
