@@ -24,6 +24,8 @@ TILE = 2**16  # elements of a temporary that stays in a cache near the processor
 Array = NDArray[np.float64]
 Tile = tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]
 """Of some coordinates, per shard the sums of deviations and of their squares; the pilot, if there is one."""
+Made = tuple[Tensor, Tensor, list[tuple[float, ...]]]
+"""Sums of deviations and of squares over all shards; by what is left out, the fields of `Sums` but n, but for their scales."""
 
 
 def number_of(replicates: int, finer: int | None = None) -> int:
@@ -48,10 +50,6 @@ def shards(replicates: int, number: int | None = None) -> list[range]:
     unit = BLOCK if replicates >= 2 * BLOCK * number else 1
     edges = [round(i * replicates / number / unit) * unit for i in range(number)] + [replicates]
     return [range(start, stop) for start, stop in itertools.pairwise(edges)]
-
-
-Made = tuple[Tensor, Tensor, list[tuple[float, ...]]]
-"""Sums of deviations and of squares over all shards; by what is left out, the fields of `Sums` but n, but for their scales."""
 
 
 @dataclass(frozen=True)
