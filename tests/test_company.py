@@ -286,6 +286,8 @@ def test_a_small_budget_of_memory_takes_smaller_batches_and_more_passes(drawn: l
 def test_the_finer_shards_of_a_precision_are_part_of_the_memory() -> None:
     problem, options = Problem(vae(), data(3)), {"replicates": 96, "dtype": torch.float64, "memory": 200_000}
     coarse, fine = (measure(problem, parse("dreg:K=3"), **options, **more) for more in ({}, {"precision": 0.9}))
-    held = 2 * 8 * 16 * sum(p.numel() for p in problem.model.parameters())  # of sixteen shards; precisely, four times as many
+    held = (
+        2 * 8 * 16 * sum(p.numel() for p in problem.model.parameters())
+    )  # of sixteen shards; precisely, four times as many
     assert fine.chunk < coarse.chunk
     assert abs(coarse.chunk / fine.chunk / ((200_000 - held) / (200_000 - 4 * held)) - 1) < 0.2
