@@ -143,7 +143,7 @@ def _of_many(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | 
     """All together and without each shard, one after the other, so that what is made of them stays in a cache."""
     total, squares = total_of(first), total_of(second)
     mean, variance, ratio = total.new_empty(3, *total.shape)
-    nothing, rows = total.new_zeros(()), list[tuple[float, ...]]()
+    nothing, rows = total.new_zeros(()), []
     for f, s, n in zip([nothing, *first], [nothing, *second], left, strict=True):
         torch.sub(total, f, out=mean)
         torch.sub(squares, s, out=variance).addcmul_(mean, mean, value=-1 / n)
