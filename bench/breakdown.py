@@ -39,7 +39,7 @@ def by_tensor(rows: pd.DataFrame) -> Table:
                 variance = format_uncertain(row.value_of, row.stderr_of), _interval(row.low_of, row.high_of)
                 share = format_uncertain(row.value, row.stderr), _interval(row.low, min(row.high, 100))
                 made.add_row(row.tensor, *variance, *share)
-    made.title = f"{_problem(rows)}: variance by tensor"
+    made.title = Text(f"{_problem(rows)}: variance by tensor")
     return made
 
 
@@ -57,8 +57,8 @@ def by_source(rows: pd.DataFrame) -> Table:
         made.add_row(Text(group, style="bold italic"))
         for _, of in found[found["group"] == group].groupby(["estimator", "seed"], sort=False):
             made.add_row(*_line(of))
-    made.title = f"{_problem(rows)}: variance by source, (nats / parameter)²"
-    made.caption = "\n".join((*_notes(found), *_unmeasured(rows)))
+    made.title = Text(f"{_problem(rows)}: variance by source, (nats / parameter)²")
+    made.caption = Text("\n".join((*_notes(found), *_unmeasured(rows))))
     return made
 
 

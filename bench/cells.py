@@ -21,6 +21,7 @@ from gradiometer.bench.batched import together
 from gradiometer.bench.bias import TRUSTED
 from gradiometer.bench.costs import cost
 from gradiometer.bench.decomposition import decompose, minibatches_of
+from gradiometer.bench.errors import RequestError
 from gradiometer.bench.machine import processor
 from gradiometer.bench.measured import row_of
 from gradiometer.bench.measurement import Engine, measure_all
@@ -99,16 +100,23 @@ class Cell:
             _source(m) for m in modules
         ]
         decided["metrics"] = {name: metric.version for name, metric in METRICS.items()}
-        if self.kind == "training":
+        if self.lacking:
+            decided["problem"] = self.lacking
+        elif self.kind == "training":
             model, dataset = fresh(self.problem, self.seed)
             decided["problem"] = [repr(model), dataset.checksum, digest(model, held_out_of(dataset))]
         else:
             decided["problem"] = named_problem(self.problem, self.batch).about["digest"]
-        if self.minibatches:
+        if self.minibatches and not self.lacking:
             decided["minibatches"] = _drawn(self.problem, self.batch, self.minibatches, self.seed)
         if self.kind in ("cost", "training"):  # seconds belong to a machine
             decided["machine"] = processor()
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def lacking(self) -> str:
+        """Why there is no such problem on this machine: data that cannot be had, for one; "" if it is there."""
+        return _lacking(self.kind, self.problem, self.batch, self.minibatches)
 
     @functools.cached_property
     def company(self) -> Cell | None:
@@ -131,7 +139,7 @@ class Cell:
         """The cell's rows, "ok" or "failed", and why: whatever it raises, a cell that fails is a row."""
         try:
             return self.run(), "ok", ""
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an estimator's code may do anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if not isinstance(error, ValueError | RuntimeError):
                 reason = f"{type(error).__name__}: {reason}"
@@ -181,7 +189,7 @@ def run_together(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
 def attempt_together(cells: Sequence[Cell]) -> list[tuple[list[dict[str, Any]], str, str]]:
     """What `attempt` gives for each; one that fails does so alone, and the others go on."""
     if len(cells) > 1:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):
             return [(rows, "ok", "") for rows in run_together(cells)]
     return [cell.attempt() for cell in cells]
 
@@ -221,6 +229,20 @@ def _decompositions(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
         memory=cell.memory,
     )
     return [of.rows(tensors=cell.tensors) for of in found]
+
+
+@functools.lru_cache(maxsize=64)
+def _lacking(kind: str, problem: str, batch: int, minibatches: int) -> str:
+    try:
+        if kind == "training":
+            fresh(problem, 0)
+        else:
+            found = named_problem(problem, batch)
+            if minibatches:
+                next(minibatches_of(found, 1, 0))
+    except RequestError as error:
+        return str(error)
+    return ""
 
 
 @functools.lru_cache(maxsize=8)

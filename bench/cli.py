@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,9 @@ BUDGET = click.option(
     "--budget",
     metavar="N",
     type=click.IntRange(min=4),
-    help="The most replicates a precision may take; 100 times --replicates.",
+    help="The most replicates a precision may take; 100 times the replicates if not given.",
 )
+FOLDER = click.Path(path_type=Path)
 MEMORY = click.option(
     "--memory", metavar="2GB", help="What a measurement may take beside model and data; 2GiB if not given."
 )
@@ -46,6 +49,9 @@ MEMORY = click.option(
 @click.version_option(package_name="gradiometer", prog_name="gradiometer")
 def main() -> None:
     """Measure Monte-Carlo gradient estimators: bias, variance, signal-to-noise ratio, cost, and the models they train."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of ASCII alone still gets its table
     logger = logging.getLogger("gradiometer")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
@@ -71,7 +77,7 @@ def list_(what: str | None, plugins: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("suite", metavar="SUITE|FILE.toml")
-@click.option("--out", type=click.Path(path_type=Path), help="Results folder; results/local/SUITE if not given.")
+@click.option("--out", type=FOLDER, help="Results folder; results/local/SUITE if not given.")
 @click.option("--only", metavar="PATTERN", help="Only estimators or problems that match, as in 'iwae*'.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the suite; repeatable.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or several as in cuda:0,1.")
@@ -110,15 +116,23 @@ def run(
     _load(plugins)
     devices = _devices(device)
     given = {"engine": engine, "precision": precision, "budget": budget, "memory": memory}
-    settings += tuple(f"{key}={value}" for key, value in given.items() if value is not None)
-    name, content = suites.read(suite, settings)
-    cells = content.cells(devices[0].partition(":")[0] if len(devices) > 1 else devices[0], only)
+    own = {key: f"--{key}" for key, value in given.items() if value is not None}
+    settings += tuple(f"{key}={given[key]}" for key in own)
+    name, content = suites.read(suite, settings, own)
+    kind = devices[0].partition(":")[0] if len(devices) > 1 else devices[0]
+    cells = content.cells(kind, only)
     if not cells:
         raise RequestError(f"no cell of {name} matches --only {only!r}")
     folder = out or Path("results/local") / name
     store.open_for_writing(folder)
+    if all(cell.lacking for cell, _ in cells):
+        raise RequestError(cells[0][0].lacking)
     click.echo(f"{content.title}: {len(cells)} cells into {folder}")
-    store.write_index(folder, name, content.title, content.description, [cell.key for cell, _ in cells])
+    keys = [cell.key for cell, _ in cells]
+    if only is not None:  # what the folder has of the rest of the suite stays part of it
+        known = {*keys, *store.indexed(folder)}
+        keys = [cell.key for cell, _ in content.cells(kind) if cell.key in known]
+    store.write_index(folder, name, content.title, content.description, keys)
     with Progress(len(cells)) as tell, runner.interruptible():
         try:
             outcomes = runner.run(cells, folder, jobs=jobs, devices=devices, plugins=plugins, report=tell)
@@ -152,7 +166,7 @@ def run(
 @PRECISION
 @BUDGET
 @MEMORY
-@click.option("--out", type=click.Path(path_type=Path), help="Also keep the rows in this folder.")
+@click.option("--out", type=FOLDER, help="Also keep the rows in this folder.")
 @PLUGIN
 def measure(
     problem: str,
@@ -215,7 +229,7 @@ def measure(
 @click.option("--all", "everything", is_flag=True, help="The whole catalogue.")
 @click.option("--level", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Estimators side by side.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also write each card there, as text and as JSON.")
+@click.option("--out", type=FOLDER, help="Also write each card there, as text and as JSON.")
 @PLUGIN
 def check(
     words: tuple[str, ...], everything: bool, level: str, jobs: int, out: Path | None, plugins: tuple[str, ...]
@@ -353,6 +367,8 @@ def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> No
 
     if out is not None:
         store.open_for_writing(out)
+        known = store.indexed(out, "measure")  # of comparisons before
+        store.write_index(out, "measure", "One comparison", "", dict.fromkeys([*known, *(cell.key for cell in cells)]))
     made: dict[Any, list[dict[str, Any]]] = {}
 
     def keep(cell: Any, of_cell: list[dict[str, Any]]) -> None:
@@ -368,8 +384,6 @@ def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> No
         for cell, (of_cell, _, _) in zip(together, attempt_together(together), strict=True):
             keep(cell, of_cell)
     rows = [row for cell in cells for row in made[cell]]
-    if out is not None:
-        store.write_index(out, "measure", "One comparison", "", [cell.key for cell in cells])
     console = screen()
     table = with_products(store.frame(rows))
     if cells[0].minibatches:

@@ -82,11 +82,13 @@ def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
     """
     if "folder" not in rows:
         rows = rows.assign(folder="")
+    along = set(rows.loc[rows["kind"] == "training", "metric"])
     rows = rows[(rows["status"] == "ok") & (rows["kind"] != "training") & whole(rows)]
     measured = rows[rows["metric"] == metric]
     if measured.empty:
-        known = ", ".join(sorted(set(rows["metric"]) - {""}))
-        raise RequestError(f"{metric!r} was not measured here; these were: {known}")
+        known = ", ".join(sorted(set(rows["metric"]) - {""})) or "none: every cell was skipped or failed"
+        how = "measured along training alone, which is not compared" if metric in along else "not measured here"
+        raise RequestError(f"{metric!r} was {how}; these were: {known}")
     if baseline not in set(measured["estimator"]):
         raise RequestError(
             f"the baseline {baseline!r} was not measured here; these were: {', '.join(sorted(set(measured['estimator'])))}"
@@ -94,7 +96,9 @@ def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
     _refuse_other_code(measured)
     found = list(_ratios(measured, rows, baseline))
     if not found:
-        raise RequestError(f"no problem has both {baseline!r} and another estimator with a positive {metric}")
+        raise RequestError(
+            f"no problem has both {baseline!r} and another estimator with a positive {metric}, of which a ratio could be taken"
+        )
     return found
 
 

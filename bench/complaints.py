@@ -28,14 +28,14 @@ _SHOULD = {  # what pydantic finds, in our words
 }
 
 
-def sentence(error: Any, models: Mapping[str, type[BaseModel]], text: str, where: str, given: Sequence[str]) -> str:
+def sentence(error: Any, models: Mapping[str, type[BaseModel]], text: str, where: str, given: Mapping[str, str]) -> str:
     """One of pydantic's findings as a sentence.
 
     Args:
         error: an entry of `ValidationError.errors()`.
         models: of each kind of block; "" for the whole.
         text, where: the file's content and name.
-        given: keys set on the command line, which no line of the file is to blame for.
+        given: how keys were set on the command line, which no line of the file is to blame for.
     """
     location: tuple[str | int, ...] = error["loc"]
     path, kind, value = ".".join(str(part) for part in location), str(error["type"]), error.get("input")
@@ -48,8 +48,8 @@ def sentence(error: Any, models: Mapping[str, type[BaseModel]], text: str, where
         message = f"should be a block: write [[{location[0]}]] on a line of its own"
     else:
         message = words(error)
-    if key := next((part for part in location[:3] if part in given), None):
-        return f"--set {key}: {message}"
+    if how := next((given[str(part)] for part in location[:3] if part in given), None):
+        return f"{how}: {message}"
     item = value if isinstance(location[-1], int) and len(location) > 2 else None
     return f"{where}, line {line_of(location, text, item)}: {path}: {message}"
 

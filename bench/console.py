@@ -17,6 +17,12 @@ from gradiometer.bench.errors import RequestError
 class Commands(click.Group):
     """Turns requests that cannot be carried out into one sentence and exit status 2."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise _no_option(error) from None
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in self.commands:
             raise Refusal(f"unknown command {args[0]!r}{nearest(args[0], self.commands)}")
@@ -28,14 +34,15 @@ class Commands(click.Group):
         except RequestError as error:
             raise Refusal(str(error)) from None
         except click.NoSuchOption as error:
-            name = (error.ctx.command.name if error.ctx else None) or "gradiometer"
-            known = [word for p in error.ctx.command.params for word in p.opts] if error.ctx else []
-            raise Refusal(f"{name} has no option {error.option_name}{nearest(error.option_name, known)}") from None
+            raise _no_option(error) from None
         except click.UsageError as error:
             raise Refusal(error.format_message().replace("Error: ", "").rstrip(".")) from None
         except BrokenPipeError:
             sys.stderr.close()
             raise SystemExit(0) from None
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            raise SystemExit(130) from None
 
 
 class Refusal(click.ClickException):
@@ -45,6 +52,13 @@ class Refusal(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         click.echo(f"gradiometer: {self.message}", err=True)
+
+
+def _no_option(error: click.NoSuchOption) -> Refusal:
+    command = error.ctx.command if error.ctx else None
+    name = "gradiometer" if command is None or isinstance(command, click.Group) else command.name
+    known = [word for p in command.params for word in p.opts] if command else []
+    return Refusal(f"{name} has no option {error.option_name}{nearest(error.option_name, known)}")
 
 
 def screen() -> Any:
@@ -73,7 +87,7 @@ class Progress:
             rich.BarColumn(),
             rich.MofNCompleteColumn(),
             rich.TimeElapsedColumn(),
-            rich.TextColumn("{task.description}"),
+            rich.TextColumn("{task.description}", markup=False),
         )
         self.bar = rich.Progress(*columns) if sys.stdout.isatty() else None
 
@@ -96,7 +110,7 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.task, advance=1, description=str(outcome.cell))
             if outcome.status in ("failed", "skipped"):
-                self.bar.print(said)
+                self.bar.console.print(said, markup=False, highlight=False)
         elif outcome.status != "kept":
             click.echo(
                 f"[{self.done}/{self.total}] {said}" + (f" ({outcome.seconds:.1f} s)" if outcome.seconds else "")

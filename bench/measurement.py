@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -227,6 +227,8 @@ def _must_make_sense(engine: Engine, only: Sequence[str], precision: float | Non
         raise ValueError(f"unknown metric {unknown[0]!r}{nearest(unknown[0], list(metrics.METRICS))}")
     if engine == "ghost" and (lacking := [name for name in only if name in metrics.OF_COORDINATES]):
         raise ValueError(f"squared norms do not tell {lacking[0]}: ask for another engine than ghost")
+    if engine not in (known := list(get_args(Engine))):
+        raise ValueError(f"unknown engine {engine!r}{nearest(engine, known)}")
     if precision is not None and not 0 < precision < 1:
         raise ValueError(f"a precision is a part of the value, between 0 and 1, not {precision:g}")
 

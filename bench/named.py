@@ -131,10 +131,16 @@ def named_problem(word: str, batch: int = 20) -> Problem:
         >>> named_problem("gaussian-toy:units=3", batch=5).x.shape
         torch.Size([5, 3])
     """
+    if batch < 1:
+        raise RequestError(f"a minibatch has at least one data point, not {batch}")
     parts = parse_problem(word)
     take: Callable[[Tensor, torch.Generator], Tensor]
     if parts.name in TOYS:
-        model, data = configured(TOYS[parts.name], parts.name, parts.settings).build()
+        toy = configured(TOYS[parts.name], parts.name, parts.settings)
+        try:
+            model, data = toy.build()
+        except (RuntimeError, MemoryError):
+            raise RequestError(f"{word} is too large for this machine's memory") from None
         about = {"model": parts.name, "dataset": "synthetic", "snapshot": ""}
         x = data.repeat(batch, 1) if len(data) == 1 else data[:batch]
         size, held_out, take = len(data), None, partial(_rows, data)

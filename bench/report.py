@@ -1,6 +1,7 @@
 """Rows to tables, figures and one HTML page that opens from a file."""
 
 import base64
+import contextlib
 import difflib
 import os
 from collections.abc import Iterable, Mapping
@@ -189,9 +190,18 @@ def _facts(tidied: pd.DataFrame, rows: pd.DataFrame, machine: Mapping[str, Any])
 
 
 def _put(path: Path, content: bytes) -> Path:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(content)
-    draft.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content)
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from None
     return path

@@ -62,6 +62,9 @@ def run(
     for cell, limit in cells:
         if (status := finished(folder, cell.key)) is not None:
             tell(Outcome(cell, "kept", status))
+        elif cell.lacking:
+            store.write_cell(folder, cell.key, cell.without_numbers("failed", cell.lacking), machine.describe())
+            tell(Outcome(cell, "failed", cell.lacking))
         elif (reason := cell.reason_to_skip()) is not None:
             store.write_cell(folder, cell.key, cell.without_numbers("skipped", reason), machine.describe())
             tell(Outcome(cell, "skipped", reason))

@@ -97,7 +97,22 @@ def read_cell(folder: Path, key: str) -> dict[str, Any] | None:
         )
     parts = {"manifest": dict, "shared": dict, "rows": list}
     whole = all(isinstance(record.get(part), kind) for part, kind in parts.items()) and record["rows"]
-    return record if whole else None
+    return record if whole and all(_sound(record["shared"], row) for row in record["rows"]) else None
+
+
+def _sound(shared: Mapping[str, Any], row: Any) -> bool:
+    """Whether the columns of a row hold what they should."""
+    if not isinstance(row, dict):
+        return False
+    whole = {**shared, **row}
+    numbers, texts = ([whole[name] for name in of if whole.get(name) is not None] for of in (NUMBERS, TEXT))
+    left_out = whole.get("jackknife") or []
+    return (
+        bool(whole.get("estimator") and whole.get("problem"))
+        and isinstance(left_out, list)
+        and all(isinstance(value, int | float | None) for value in (*numbers, *left_out))
+        and all(isinstance(value, str) for value in texts)
+    )
 
 
 def write_index(folder: Path, suite: str, title: str, description: str, keys: Iterable[str]) -> None:
@@ -127,6 +142,21 @@ def index(folder: Path) -> dict[str, Any]:
     return found
 
 
+def indexed(folder: Path, suite: str = "") -> list[str]:
+    """The cells that a folder's index names; none if there is no index, or a damaged one.
+
+    Raises:
+        RequestError: it is another suite's than the one that is wanted, if one is.
+    """
+    try:
+        found = index(folder)
+    except RequestError:
+        return []
+    if suite and found["suite"] != suite:
+        raise RequestError(f"{folder} holds results of {found['suite']!r}: name another folder with --out")
+    return [str(key) for key in found["cells"]]
+
+
 def load(folder: Path) -> pd.DataFrame:
     """All rows of a suite's finished cells, in the suite's order, one column per entry of `COLUMNS`.
 
@@ -146,7 +176,7 @@ def load(folder: Path) -> pd.DataFrame:
             missing += 1
         else:
             made_on = record["manifest"]
-            known = {"suite": about["suite"], "cell": key, "manifest": made_on.get("date", "")} | record["shared"]
+            known = {"suite": about["suite"], "cell": key, "manifest": str(made_on.get("date", ""))} | record["shared"]
             rows += [known | {"machine": _processor(known | row, made_on)} | row for row in record["rows"]]
     if missing:
         log.info(
@@ -181,7 +211,7 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def machine(folder: Path) -> dict[str, str]:
     """The machine and versions of the newest cell."""
     records = [record for key in index(folder)["cells"] if (record := read_cell(folder, key)) is not None]
-    newest = max(records, key=lambda record: record["manifest"].get("date", ""), default=None)
+    newest = max(records, key=lambda record: str(record["manifest"].get("date", "")), default=None)
     return dict(newest["manifest"]) if newest else {}
 
 

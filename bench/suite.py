@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,7 +25,7 @@ from pydantic import (
 from gradiometer.bench.cells import Cell
 from gradiometer.bench.complaints import line_of, sentence, words
 from gradiometer.bench.errors import RequestError
-from gradiometer.bench.metrics import METRICS, OF_COORDINATES
+from gradiometer.bench.metrics import COST, METRICS, OF_COORDINATES
 from gradiometer.bench.named import REFERENCES, parse_problem
 from gradiometer.bench.replicates import MEMORY
 from gradiometer.estimators.registry import nearest, parse
@@ -139,6 +140,9 @@ class GradientBlock(Block):
             raise ValueError(f"a budget of {self.budget} is less than the {self.measured} replicates measured at first")
         if self.engine == "ghost" and (lacking := [name for name in self.metrics if name in OF_COORDINATES]):
             raise ValueError(f"the engine ghost keeps squared norms, which do not tell {lacking[0]}")
+        if elsewhere := [name for name in self.metrics if name in COST or name.startswith("test_")]:
+            kind = "training" if elsewhere[0].startswith("test_") else "cost"
+            raise ValueError(f"{elsewhere[0]} is no metric of a gradient: it is measured by a [[{kind}]] block")
         asked: dict[str, object] = {f"the metric {name}": name != "variance" for name in self.metrics}
         asked |= {"tensors": self.tensors, "precision": self.precision, "reference": self.reference}
         if self.minibatches and (said := out_of_place(asked)):
@@ -244,12 +248,13 @@ def names() -> list[str]:
     return sorted(path.name.removesuffix(".toml") for path in folder.iterdir() if path.name.endswith(".toml"))
 
 
-def read(word: str, settings: Sequence[str] = ()) -> tuple[str, Suite]:
+def read(word: str, settings: Sequence[str] = (), options: Mapping[str, str] | None = None) -> tuple[str, Suite]:
     """The name and content of a suite of ours or of a TOML file.
 
     Args:
         word: ``quickstart``, or a path that ends in ``.toml``.
         settings: ``key=value`` from the command line, set in every block that has the key.
+        options: how keys were given that have an option of their own, for messages.
 
     Raises:
         RequestError: all that is wrong, with file and line.
@@ -271,7 +276,8 @@ def read(word: str, settings: Sequence[str] = ()) -> tuple[str, Suite]:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RequestError(f"{where} is not TOML: {error}") from None
-    given = [_override(content, setting) for setting in settings]
+    keys = [_override(content, setting) for setting in settings]
+    given = {key: f"--set {key}" for key in keys} | dict(options or {})
     return name, validated(content, text, where, given)
 
 
@@ -284,8 +290,8 @@ def _text(path: Path) -> str:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def validated(content: dict[str, Any], text: str, where: str, given: Sequence[str] = ()) -> Suite:
-    """The suite in parsed TOML `content`; `text`, `where` and the keys `given` on the command line are for messages.
+def validated(content: dict[str, Any], text: str, where: str, given: Mapping[str, str] = MappingProxyType({})) -> Suite:
+    """The suite in parsed TOML `content`; `text`, `where` and how keys were `given` on the command line are for messages.
 
     Raises:
         RequestError: all that is wrong, with file and line.
@@ -313,12 +319,12 @@ def _place(suite: Suite, number: int) -> tuple[str, int]:
     raise IndexError(number)
 
 
-def _words(block: Any, location: tuple[str | int, ...], text: str, where: str, given: Sequence[str]) -> None:
+def _words(block: Any, location: tuple[str | int, ...], text: str, where: str, given: Mapping[str, str]) -> None:
     for word in block.estimators:
         try:
             block.words([word])
         except ValueError as error:
-            at = "--set estimators" if "estimators" in given else f"{where}, line {line_of(location, text, word)}"
+            at = given.get("estimators") or f"{where}, line {line_of(location, text, word)}"
             raise RequestError(f"{at}: {error}") from None
 
 

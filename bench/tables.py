@@ -36,6 +36,8 @@ _HEADINGS = {
 RANKED = "Rank: the places that the data leave open, at 95 % for all pairs together, by "
 SEPARATED = "Bold: alone in the first place of its column; where the data leave that open, nothing is bold."
 UNRANKED = "Objectives of different estimators are different bounds, so their values are not ranked."
+BARE = "A directional SNR without ± has no interval: the direction of its mean gradient is hardly known."
+NEGATIVE = "A mean squared error is estimated without bias, and below zero where it is lost in its noise."
 CLAIM = "that it is the gradient it claims to be rests on its own tests."
 UNMET = "Less precise than asked, when the budget was spent: "
 NONE_CHECKED = f"No estimator here has passed a check by the harness: of each, {CLAIM}"
@@ -192,7 +194,8 @@ def _column(metric: str, rows: pd.DataFrame, places: Places | None) -> tuple[Col
             float(row.stderr),
             float(row.low),
             float(row.high),
-            signs=("§" * row.biased + "¶" * (row.tails == "heavy")) if metric in GRADIENT else "",
+            signs=("§" * row.biased if metric in GRADIENT else "")
+            + "¶" * (row.tails == "heavy" and metric in (*GRADIENT, "mse")),
         )
         for row in selection.records(known)
     }
@@ -261,6 +264,11 @@ def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
         yield SEPARATED
     if "objective" in shown:
         yield UNRANKED
+    of = {column.metric: [line.cells[i] for line in table.lines] for i, column in enumerate(table.columns)}
+    if any(cell and math.isnan(cell.stderr) for cell in of.get("directional_snr", ())):
+        yield BARE
+    if any(cell and cell.value < 0 for cell in of.get("mse", ())):
+        yield NEGATIVE
     signs = {sign for line in table.lines for cell in line.cells if cell for sign in cell.signs}
     yield from (f"{sign} {SIGNS[sign]}" for sign in SIGNS if sign in signs or (sign == "†" and table.marks_unchecked))
     if not any(line.checked for line in table.lines):

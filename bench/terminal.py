@@ -66,9 +66,9 @@ def comparison(rows: pd.DataFrame, *, metrics: Sequence[str] = SHOWN, width: int
         for last, made in enumerate((_side_by_side(lines, kept), _beneath_each_other(lines, kept))):
             if (shown > 1 or not last) and made.__rich_measure__(_UNBOUNDED, _UNBOUNDED.options).maximum > width:
                 continue
-            made.title = problem
+            made.title = Text(problem)
             left_out = dict.fromkeys(strip.column.heading for strip in strips if strip not in kept)
-            made.caption = "\n".join(_notes(lines, found, left_out, selection.unmeasured(tidied)))
+            made.caption = Text("\n".join(_notes(lines, found, left_out, selection.unmeasured(tidied))))
             return made
     raise RequestError("no metric to show: name at least one")
 
@@ -97,13 +97,13 @@ def verdicts(found: Sequence[Ratio], *, checked: bool = True) -> RichTable:
             if len({getattr(r, setting) for r in alike}) > 1:
                 name += f" [{setting} {getattr(row, setting)}]"
         made.add_row(Text(_folded(name)), str(row.K), f"{row.evaluations:g}", Text(row.verdict))
-    made.title = METRICS[found[0].metric].label
+    made.title = Text(METRICS[found[0].metric].label)
     said = [
         "Brackets hold 95 % intervals, paired over the draws that both saw, but where noise is said to be independent: of "
         "another seed, number of replicates or K.",
         "Estimators may ascend different objectives: the ratio says more between two that ascend the same.",
     ]
-    made.caption = "\n".join(said if checked else [*said, "No estimator here has been checked by the harness."])
+    made.caption = Text("\n".join(said if checked else [*said, "No estimator here has been checked by the harness."]))
     return made
 
 

@@ -82,6 +82,9 @@ def results(tmp_path: Path, gradiometer: Command) -> Path:
         (["run", "quickstart", "--only", ""], "no cell of quickstart matches --only ''"),
         (["run", "quickstart", "--set", "replicats=8"], "--set: no key 'replicats'; did you mean 'replicates'?"),
         (["run", "quickstart", "--device", "gpu"], "this machine has no device 'gpu'; --device cpu works everywhere"),
+        (["--versio"], "gradiometer has no option --versio; did you mean '--version'?"),
+        (["run", "quickstart", "--memory", "10GBB"], "--memory: should be an amount of memory, as in 2GB or 512MiB"),
+        (["run", "quickstart", "--set", "memory=10GBB"], "--set memory: should be an amount of memory"),
         (["list", "estimatrs"], "nothing to list is called 'estimatrs'; did you mean 'estimators'?"),
         (["list", "metrics", "--plugin", "nowhere.py"], "no plugin file "),
         (["data", "mnits"], "unknown data set 'mnits'; did you mean 'mnist'?"),
@@ -286,6 +289,105 @@ def test_a_damaged_cell_is_said_to_be_missing_and_the_others_are_reported(result
     assert f"1 of 2 cells in {results} are missing or damaged: run the suite again to add them" in result.stderr
     assert "dreg:K=2" in (results / "report.md").read_text()
     assert "iwae:K=2" not in (results / "report.md").read_text()
+
+
+DAMAGE = {
+    "a row that is none": lambda record: record["rows"].append(1),
+    "a value in words": lambda record: record["rows"][0].update(value="much"),
+    "a list for a value": lambda record: record["rows"][0].update(value=[1.0]),
+    "a K in words": lambda record: record["shared"].update(K="eight"),
+    "no estimator": lambda record: record["shared"].pop("estimator"),
+    "shards in words": lambda record: record["rows"][0].update(jackknife=["a"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_cell_of_other_things_is_damaged(damage: str, results: Path, gradiometer: Command) -> None:
+    path = results / "cells" / f"{store.index(results)['cells'][0]}.json"
+    record = json.loads(path.read_text())
+    DAMAGE[damage](record)
+    path.write_text(json.dumps(record))
+    result = gradiometer("report", results, "--format", "md")
+    assert result.exit_code == 0
+    assert "1 of 2 cells" in result.stderr
+
+
+def test_a_date_that_is_a_number_is_read(results: Path, gradiometer: Command) -> None:
+    for path in (results / "cells").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["manifest"]["date"] = 2026
+        path.write_text(json.dumps(record))
+    assert gradiometer("report", results, "--format", "md").exit_code == 0
+
+
+def test_comparisons_add_up_in_one_folder(results: Path, gradiometer: Command, refusal: Refusal) -> None:
+    assert gradiometer(*MEASURE, "-e", "stl", "--out", results).exit_code == 0
+    assert set(store.load(results)["estimator"]) == {"iwae:K=2", "dreg:K=2", "stl"}
+    store.write_index(results, "quickstart", "Quickstart", "", store.index(results)["cells"])
+    said = refusal(*MEASURE, "-e", "stl", "--out", results)
+    assert said == f"{results} holds results of 'quickstart': name another folder with --out"
+    assert set(store.load(results)["suite"]) == {"quickstart"}
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(results: Path, refusal: Refusal) -> None:
+    (results / "tables").write_text("precious")
+    assert "cannot be written: " in refusal("report", results, "--format", "csv")
+    (results / "report.md").mkdir()
+    assert "report.md cannot be written: " in refusal("report", results, "--format", "md")
+    assert (results / "tables").read_text() == "precious"
+    assert not list(results.glob(".report*"))
+
+
+def test_what_is_measured_along_training_is_not_compared(results: Path, refusal: Refusal) -> None:
+    path = results / "cells" / f"{store.index(results)['cells'][0]}.json"
+    record = json.loads(path.read_text())
+    record["shared"]["kind"] = "training"
+    record["rows"] = [row | {"metric": "test_elbo"} for row in record["rows"][:1]]
+    path.write_text(json.dumps(record))
+    said = refusal("compare", results, "--baseline", "dreg:K=2", "--metric", "test_elbo")
+    assert said.startswith("'test_elbo' was measured along training alone, which is not compared; these were: ")
+
+
+def test_words_in_brackets_are_printed_as_they_are(gradiometer: Command, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(MINE.replace("w = (", "raise RuntimeError('x[/foo] and [red]y[a]')\n        w = ("))
+    result = gradiometer(*MEASURE, "-e", "stl", "-e", "mine:K=2", "--plugin", path)
+    assert result.exit_code == 1
+    assert "stl" in result.stdout
+    assert "x[/foo] and [red]y[a]" in result.stdout
+
+
+def test_an_estimator_that_leaves_is_a_failed_row(gradiometer: Command, tmp_path: Path) -> None:
+    path = tmp_path / "leaver.py"
+    path.write_text("import sys\n" + MINE.replace("w = (", "sys.exit(3)\n        w = ("))
+    result = gradiometer(*MEASURE, "-e", "stl", "-e", "mine:K=2", "--plugin", path)
+    assert result.exit_code == 1
+    assert "stl" in result.stdout
+    assert "mine:K=2 failed: SystemExit: 3" in result.stdout
+    checked = gradiometer("check", path)
+    assert checked.exit_code == 1
+    assert "SystemExit" in checked.stdout
+
+
+def test_a_problem_too_large_for_memory_is_one_sentence(refusal: Refusal) -> None:
+    said = refusal("measure", "gaussian-toy:units=1000000000", "-e", "stl")
+    assert said == "gaussian-toy:units=1000000000 is too large for this machine's memory"
+
+
+def test_a_terminal_of_ascii_gets_its_table() -> None:
+    command = [sys.executable, "-m", "gradiometer.bench.cli", *map(str, MEASURE), "-e", "stl"]
+    made = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert b"stl" in made.stdout
+
+
+def test_an_interrupted_comparison_is_one_line(monkeypatch: pytest.MonkeyPatch, gradiometer: Command) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradiometer.bench.cells.attempt_together", interrupt)
+    result = gradiometer(*MEASURE, "-e", "stl")
+    assert (result.exit_code, result.stderr) == (130, "\ninterrupted\n")
 
 
 def test_results_without_a_finished_cell_are_one_sentence(tmp_path: Path, gradiometer: Command) -> None:

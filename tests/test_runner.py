@@ -295,6 +295,45 @@ def test_an_interrupt_while_workers_start_is_one_line(tmp_path: Path) -> None:
     assert said == "\ninterrupted; finished cells are kept, and the same command goes on from here\n"
 
 
+def test_a_part_run_again_leaves_the_rest_in_the_report(tmp_path: Path, gradiometer: Command) -> None:
+    asked, out = suite(tmp_path / "mine.toml", "iwae:K=2", "stl", "dreg:K=2"), tmp_path / "out"
+    assert gradiometer("run", asked, "--out", out, "--only", "stl").exit_code == 0
+    assert set(store.load(out)["estimator"]) == {"stl"}
+    assert gradiometer("run", asked, "--out", out).exit_code == 0
+    whole = store.index(out)["cells"]
+    assert gradiometer("run", asked, "--out", out, "--only", "dreg*").exit_code == 0
+    assert store.index(out)["cells"] == whole
+    other = suite(tmp_path / "other.toml", "iwae:K=2", "rloo:K=2")
+    assert gradiometer("run", other, "--out", out, "--only", "rloo*").exit_code == 0
+    assert set(store.load(out)["estimator"]) == {"iwae:K=2", "rloo:K=2"}  # of this suite alone
+
+
+def test_a_problem_without_its_data_fails_alone(
+    tmp_path: Path, gradiometer: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIOMETER_DATA", str(tmp_path / "nowhere"))
+    named.named_problem.cache_clear()
+    cells_module._lacking.cache_clear()
+    asked, out = tmp_path / "mine.toml", tmp_path / "out"
+    text = SUITE.format(words='"stl"').replace("units=2", 'units=2", "mnist-vae@late')
+    asked.write_text(text + '[[training]]\nproblems = ["mnist-vae"]\nestimators = ["stl"]\nsteps = 2\nevery = 1\n')
+    for _ in range(2):  # it is tried again
+        result = gradiometer("run", asked, "--out", out)
+        assert result.exit_code == 1
+        assert "gradient of stl on mnist-vae@late: " in result.stderr
+        assert "training of stl on mnist-vae" in result.stderr
+        assert "nowhere" in result.stderr
+    rows = store.load(out)
+    assert (rows[rows["status"] == "ok"]["problem"] == "gaussian-toy:units=2").all()
+    assert set(rows[rows["status"] == "failed"]["problem"]) == {"mnist-vae@late", "mnist-vae"}
+    cells_module._lacking.cache_clear()
+    alone = tmp_path / "alone.toml"
+    alone.write_text(SUITE.format(words='"stl"').replace("gaussian-toy:units=2", "mnist-vae@late"))
+    result = gradiometer("run", alone, "--out", tmp_path / "none")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    cells_module._lacking.cache_clear()
+
+
 # Keys.
 
 

@@ -40,6 +40,14 @@ TOY = 'problems = ["gaussian-toy"]\nestimators = ["iwae"]\n'
     ("block", "said"),
     [
         (TOY + 'replicates = "16"', "line 11: gradient.1.replicates: should be a whole number, not '16'"),
+        (
+            TOY + 'metrics = ["test_elbo"]',
+            "test_elbo is no metric of a gradient: it is measured by a [[training]] block",
+        ),
+        (
+            TOY + 'metrics = ["snr", "peak_memory"]',
+            "peak_memory is no metric of a gradient: it is measured by a [[cost]]",
+        ),
         (TOY + "replicates = 3", "line 11: gradient.1.replicates: should be at least 4, not 3"),
         (TOY + "replicates = -8", "line 11: gradient.1.replicates: should be at least 4, not -8"),
         (TOY + "replicates = nan", "line 11: gradient.1.replicates: should be a whole number, not nan"),

@@ -85,7 +85,7 @@ def check(estimator: Estimator, level: Level = "quick") -> Card:
             claims += _guarded("engine", lambda: [engine_agrees(estimator), *single_precision(estimator)])
             try:
                 about = characteristics(estimator, level)
-            except Exception as error:  # of a stranger's code; what it costs is no claim of its
+            except (Exception, SystemExit) as error:  # of a stranger's code; what it costs is no claim of its
                 claims.append(Claim("measured", None, "its characteristics", _sentence(error)))
     seconds = time.perf_counter() - began
     return replace(_blank(estimator, level), claims=claims, planted=planted, about=about, seconds=seconds)
@@ -111,12 +111,12 @@ def _guarded(name: str, part: Any) -> list[Claim]:
         found.extend(part())
     except Broken as broken:
         found.append(Claim("runs", False, name.strip("_"), str(broken)))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         found.append(Claim("runs", False, name.strip("_"), _sentence(error)))
     return found
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
@@ -193,7 +193,7 @@ def _refused(fault: Fault, world: World, how: Thoroughness) -> bool:
     )
     try:
         return any(claim.holds is False for claim in claims if claim.name not in DECLARED)  # as far as the first
-    except Exception:
+    except (Exception, SystemExit):
         return True
 
 
