@@ -291,9 +291,8 @@ def report(folder: Path, formats: str) -> None:
     rows = store.load(folder)
     if rows.empty:
         raise RequestError(f"{folder} holds no finished cells yet: run the suite first")
-    written = reports.write(
-        rows, folder, [word.strip() for word in formats.split(",") if word.strip()], store.machine(folder)
-    )
+    asked = [word.strip() for word in formats.split(",") if word.strip()]
+    written = reports.write(rows, folder, asked, store.machine(folder), store.index(folder))
     count = f"{len(written)} file{'s' if len(written) != 1 else ''}"
     click.echo(f"{count}; open {folder / 'report.html'}" if "html" in formats else count)
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -31,7 +32,13 @@ _SETTINGS = {
 }
 
 
-def write(rows: pd.DataFrame, out: Path, formats: Iterable[str], machine: Mapping[str, Any]) -> list[Path]:
+def write(
+    rows: pd.DataFrame,
+    out: Path,
+    formats: Iterable[str],
+    machine: Mapping[str, Any],
+    suite: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Path]:
     """Write a report: `report.html`, `report.md`, `tables/*.tex|csv` and `figures/*.png|svg|pdf`, as asked.
 
     Args:
@@ -39,6 +46,7 @@ def write(rows: pd.DataFrame, out: Path, formats: Iterable[str], machine: Mappin
         out: the folder; it is made, and files of the same names are replaced.
         formats: of `FORMATS`.
         machine: what the rows were measured on, and when: names and values, one level of nesting.
+        suite: its `title` and `description`, if it has them.
 
     Returns:
         The files written, in the order of `FORMATS`. The same rows give the same bytes.
@@ -56,7 +64,10 @@ def write(rows: pd.DataFrame, out: Path, formats: Iterable[str], machine: Mappin
         raise RequestError("there are no rows to report: run a suite first, or name the folder that holds its results")
     tidied = selection.tidy(rows)
     figures = plots.plots(tidied) if {"html", *plots.FORMATS} & set(wanted) else []
-    contents = _Contents(tidied, tables.tables(tidied), figures, findings(tidied), _facts(tidied, rows, machine))
+    title = f"Gradient estimators compared: {suite['title']}" if suite.get("title") else _title(tidied)
+    lead = " ".join(filter(None, [str(suite.get("description", "")).strip(), _summary(tidied)]))
+    found = tables.tables(tidied)
+    contents = _Contents(title, lead, tidied, found, figures, findings(tidied), _facts(tidied, rows, machine))
     images = {form: {plot.name: plots.rendered(plot, form) for plot in figures} for form in _image_forms(wanted)}
     written = []
     for form in wanted:
@@ -79,6 +90,8 @@ def write(rows: pd.DataFrame, out: Path, formats: Iterable[str], machine: Mappin
 class _Contents:
     """What every page of a report is made of."""
 
+    title: str
+    lead: str
     tidied: pd.DataFrame
     tables: list[Table]
     plots: list[plots.Plot]
@@ -101,9 +114,11 @@ def _html(contents: _Contents, images: Mapping[str, bytes]) -> str:
     for table in contents.tables:
         if table.lines:
             problems.setdefault(table.problem, []).append(table)
+    measured = set(contents.tidied["metric"])
+    shown = {column.metric for table in contents.tables for column in table.columns}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=_title(contents.tidied),
-        summary=_summary(contents.tidied),
+        title=contents.title,
+        summary=contents.lead,
         facts=contents.facts,
         findings=contents.findings,
         plots=[_embedded(plot, images[plot.name]) for plot in contents.plots],
@@ -111,13 +126,13 @@ def _html(contents: _Contents, images: Mapping[str, bytes]) -> str:
         problems=problems,
         cell_of=typeset.html_cell,
         unmeasured=selection.unmeasured(contents.tidied).to_dict("records"),
-        metrics=[METRICS[name] for name in METRICS if name in set(contents.tidied["metric"])],
+        metrics=[metric for name, metric in METRICS.items() if name in measured | shown],
     )
 
 
 def _markdown(contents: _Contents, beside: str) -> str:
     """The report as one Markdown page; it shows the figures written beside it in a format, if any were."""
-    parts = [f"# {_title(contents.tidied)}", _summary(contents.tidied)]
+    parts = [f"# {contents.title}", contents.lead]
     for topic, sentences in contents.findings.items():
         parts += [f"**{topic.replace(' x ', ' × ')}**", "\n".join(f"* {sentence}" for sentence in sentences)]
     for plot in contents.plots if beside else []:

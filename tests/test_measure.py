@@ -707,3 +707,8 @@ def test_squares_too_large_for_their_precision_are_told() -> None:
 def test_a_request_without_sense_is_refused(options: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         measure(Problem(vae(), data(3)), parse("iwae:K=2"), replicates=16, **options)
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown engine 'row'; did you mean 'rows'"):
+        measure(Problem(vae(), data(3)), parse("stl"), replicates=4, engine="row")

@@ -347,3 +347,9 @@ def test_names_of_snapshots_in_the_cache_are_those_of_their_problem(quick: Path)
     named_problem("digits-vae@early")
     assert {path.name.partition("-vae@")[0] for path in quick.iterdir()} == {"digits"}
     assert not [name for name in os.listdir(quick) if name.endswith(".part")]
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_minibatch_has_data(batch: int) -> None:
+    with pytest.raises(RequestError, match=f"a minibatch has at least one data point, not {batch}"):
+        named_problem("gaussian-toy", batch)

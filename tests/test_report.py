@@ -20,6 +20,7 @@ from rich.console import Console
 from gradiometer.bench import canvas, figures, plots, report, selection, tables, terminal, typeset
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.findings import findings
+from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.statistics import Value
 from gradiometer.bench.uncertain import format_interval, format_uncertain, printed, shared_exponent
 from tests import synthetic
@@ -484,6 +485,33 @@ def test_common_noise_tells_ranks_apart_where_intervals_overlap() -> None:
     assert of["quiet", "variance"].bold
     other = cells(table(pd.DataFrame([quiet, loud | {"replicates": 128}]), "toy", "inference"))
     assert other["quiet", "rank"].words == "1–2"
+
+
+def test_mean_squared_errors_are_marked_and_explained() -> None:
+    loud = bare("mine", 1.0, 0.9, 1.1, biased=True, tails="heavy")
+    error = loud | {"metric": "mse", "value": -0.1, "low": -0.3, "high": 0.1}
+    made = table(pd.DataFrame([bare("good", 2.0, 1.8, 2.2), loud, error]), "toy", "inference")
+    assert cells(made)["mine", "mse"].signs == "¶"
+    assert tables.NEGATIVE in made.notes
+    assert tables.NEGATIVE not in table(pd.DataFrame([loud, error | {"value": 0.1}]), "toy", "inference").notes
+
+
+def test_a_directional_ratio_without_an_interval_is_explained() -> None:
+    rows = [bare("mine", 1.0, 0.9, 1.1), bare("mine", 0.1, math.nan, math.nan, metric="directional_snr")]
+    rows[1]["stderr"] = math.nan
+    assert tables.BARE in table(pd.DataFrame(rows), "toy", "inference").notes
+    rows[1]["stderr"] = 0.01
+    assert tables.BARE not in table(pd.DataFrame(rows), "toy", "inference").notes
+
+
+def test_a_report_has_the_suites_own_words_and_the_formulas_of_what_it_shows(tmp_path: Path) -> None:
+    rows = pd.DataFrame([*EVERY_MARK, bare("mine", 1.0, 0.9, 1.1, metric="bias", biased=True)])
+    report.write(rows, tmp_path, {"html", "md"}, {}, {"title": "Mine & <b>", "description": "What it is for.\n"})
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert "<h1>Gradient estimators compared: Mine &amp; &lt;b&gt;</h1>" in page
+    assert "What it is for. " in page
+    assert text.startswith("# Gradient estimators compared: Mine & <b>\n\nWhat it is for. ")
+    assert all(f"<code>{name}</code>, version {METRICS[name].version}" in page for name in ("mse", "bias", "variance"))
 
 
 EVERY_MARK = [

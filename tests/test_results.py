@@ -65,7 +65,7 @@ def test_evaluations_stand_beside_every_comparison(rows):
 
 
 def test_committed_tables_are_those_of_the_rows(rows, tmp_path):
-    written = report.write(rows, tmp_path, {"csv", "md"}, store.machine(FOLDER))
+    written = report.write(rows, tmp_path, {"csv", "md"}, store.machine(FOLDER), store.index(FOLDER))
     tables = [path for path in written if path.suffix == ".csv"]
     assert tables
     for path in tables:
