@@ -116,7 +116,7 @@ class Cell:
     @property
     def lacking(self) -> str:
         """Why there is no such problem on this machine: data that cannot be had, for one; "" if it is there."""
-        return _lacking(self.kind, self.problem, self.batch, self.minibatches)
+        return _lacking(self.kind, self.problem, self.batch)
 
     @functools.cached_property
     def company(self) -> Cell | None:
@@ -232,14 +232,12 @@ def _decompositions(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _lacking(kind: str, problem: str, batch: int, minibatches: int) -> str:
+def _lacking(kind: str, problem: str, batch: int) -> str:
     try:
         if kind == "training":
             fresh(problem, 0)
         else:
-            found = named_problem(problem, batch)
-            if minibatches:
-                next(minibatches_of(found, 1, 0))
+            named_problem(problem, batch)
     except RequestError as error:
         return str(error)
     return ""
