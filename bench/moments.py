@@ -108,7 +108,7 @@ class Moments:
             )
             for of in (self.sums, *self.without)
         )
-        return Moments(replace(self.pooled, shape=shape, inputs=inputs.cpu()), total, tuple(without))
+        return Moments(replace(self.pooled, shape=shape, inputs=inputs.cpu().clone()), total, tuple(without))
 
 
 def summary(tiles: Iterable[Tile], count: Array, shape: Sequence[int]) -> Moments:
@@ -129,11 +129,13 @@ def summary(tiles: Iterable[Tile], count: Array, shape: Sequence[int]) -> Moment
 
 def _of_few(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | None, left: Sequence[float]) -> Made:
     """All together and without each shard, at once."""
-    nothing, n = torch.zeros_like(first[0]), torch.tensor(left).to(first[0]).unsqueeze(1)
+    nothing, n = torch.zeros_like(first[0]), first[0].new_tensor(left).unsqueeze(1)
     means, variances = (torch.stack([nothing, *parts]).flatten(1) for parts in (first, second))
     total, squares = means.sum(0), variances.sum(0)
     torch.sub(total, means, out=means)  # times n, and variances times n - 1
-    torch.sub(squares, variances, out=variances).sub_(means.square().div_(n))
+    torch.sub(squares, variances, out=variances).sub_(
+        (means / n).mul_(means)
+    )  # in this order, nothing overflows that did not before
     if pilot is not None:
         means.addcmul_(n, pilot.flatten())
     return total, squares, _sums(means, variances, torch.empty_like(means))

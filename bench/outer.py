@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradiometer.bench.products import multiplier, product
 
+PRODUCTS = 2**20  # inner products of rows that are held at once
 CANCELLED = 1e-2  # a sum smaller than this part of its terms has lost digits
 
 
@@ -123,8 +124,9 @@ class Outer:
         """From the inner products of the rows."""
         if self.rows == 1:
             return self.inputs.square().flatten(1).sum(1) * self.cotangents.square().flatten(1).sum(1)
-        flat = self.flat()
-        return (flat.inputs @ flat.inputs.mT * (flat.cotangents @ flat.cotangents.mT)).sum((1, 2))
+        flat, each = self.flat(), max(1, PRODUCTS // self.rows**2)
+        parts = [flat[start : start + each] for start in range(0, len(self), each)]
+        return torch.cat([(p.inputs @ p.inputs.mT * (p.cotangents @ p.cotangents.mT)).sum((1, 2)) for p in parts])
 
     def _again(self, squared: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The gradients of those replicates whose rows cancel, so that inner products of rows have lost digits."""

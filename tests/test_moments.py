@@ -363,6 +363,26 @@ def test_traces_of_a_steady_gradient_are_right_or_refused(n: int, dtype: torch.d
     assert refused >= {1e3, 1e4} if dtype == torch.float32 else not refused
 
 
+@pytest.mark.parametrize("tile", [4, 2**16])
+def test_large_gradients_keep_their_variance_in_single_precision(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "TILE", tile)
+    g = (2e16 * (1 + normal(512, WIDE))).float()
+    sums = folded(g, dense, parts=QUARTERS)
+    for m in of_each(sums):
+        trace = m.pooled.variance.sum()
+        assert trace > 1e32
+        assert abs(m.sums.variance / trace - 1) < 1e-5
+        assert all(abs(of.variance / trace - 1) < 0.2 for of in m.without)
+
+
+def test_moments_do_not_change_with_the_data() -> None:
+    g = single(shared(1))
+    m = folded(g, of_shared).moments()
+    before = m.pooled.mean.copy()
+    g.inputs.zero_()
+    np.testing.assert_array_equal(m.pooled.mean, before)
+
+
 def test_no_pilot_spoils_double_precision() -> None:
     g = tensors()
     g[0] += 1e3  # the first replicate is an outlier, and the only one that is known
