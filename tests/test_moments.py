@@ -366,11 +366,11 @@ def test_traces_of_a_steady_gradient_are_right_or_refused(n: int, dtype: torch.d
 @pytest.mark.parametrize("tile", [4, 2**16])
 def test_large_gradients_keep_their_variance_in_single_precision(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "TILE", tile)
-    g = (2e16 * (1 + normal(512, WIDE))).float()
+    g = (1e17 * (1 + normal(512, WIDE))).float()
     sums = folded(g, dense, parts=QUARTERS)
     for m in of_each(sums):
         trace = m.pooled.variance.sum()
-        assert trace > 1e32
+        assert trace > 1e34
         assert abs(m.sums.variance / trace - 1) < 1e-5
         assert all(abs(of.variance / trace - 1) < 0.2 for of in m.without)
 
