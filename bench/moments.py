@@ -133,9 +133,8 @@ def _of_few(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | N
     means, variances = (torch.stack([nothing, *parts]).flatten(1) for parts in (first, second))
     total, squares = means.sum(0), variances.sum(0)
     torch.sub(total, means, out=means)  # times n, and variances times n - 1
-    torch.sub(squares, variances, out=variances).sub_(
-        (means / n).mul_(means)
-    )  # in this order, nothing overflows that did not before
+    products = (means / n).mul_(means)  # in this order: squares of sums overflow where squares of gradients do not
+    torch.sub(squares, variances, out=variances).sub_(products)
     if pilot is not None:
         means.addcmul_(n, pilot.flatten())
     return total, squares, _sums(means, variances, torch.empty_like(means))
