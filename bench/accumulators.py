@@ -78,7 +78,7 @@ class Accumulator(ABC):
 
     def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
         """Of the block, or of some of its columns (last axis), in the parameter's shape."""
-        return summary(self._tiles(columns), self.count, shape or self.shape)
+        return summary(self._tiles(columns), self.count, self.shape if shape is None else shape)
 
     def first_not_finite(self, columns: slice) -> int | None:
         """The first shard with a gradient that is not finite in these columns, if there is one: a sum forgets no NaN."""
@@ -254,7 +254,9 @@ class Shared(Accumulator):
             return super().moments(columns, shape)
         # Every gradient is one vector times the same inputs: the vector's moments, and how often each is seen.
         vectors = list(self.first[:, 0]), list(self.second[..., 0, 0]), self.pilot[0]
-        return summary([vectors], self.count, self.pilot.shape[1:]).times(self.inputs[0, columns], shape or self.shape)
+        return summary([vectors], self.count, self.pilot.shape[1:]).times(
+            self.inputs[0, columns], self.shape if shape is None else shape
+        )
 
 
 class Traces(Accumulator):
@@ -301,7 +303,7 @@ class Traces(Accumulator):
             if variance * left < least * second:
                 raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")
             rows.append([square / left**2, variance, math.nan, math.nan, math.nan])
-        pooled = Pooled(n, shape or self.shape, total.cpu(), torch.full_like(total, math.nan).cpu())
+        pooled = Pooled(n, self.shape if shape is None else shape, total.cpu(), torch.full_like(total, math.nan).cpu())
         return moments_of(pooled, np.array(rows), [n, *(n - self.count).tolist()])
 
 

@@ -459,3 +459,8 @@ def test_a_pilot_does_not_hide_where_a_gradient_is_not_a_number(n: int) -> None:
     g = steady(n, share=False)
     (g if isinstance(g, Tensor) else g.inputs)[12, ..., 4] = torch.nan
     assert not_finite(folded(g, automatic)) == [None, 1]
+
+
+def test_a_parameter_without_axes_has_its_own_shape() -> None:
+    m = folded(tensors(), dense).moments(slice(0, 1), torch.Size([]))
+    assert m.pooled.mean.shape == m.pooled.variance.shape == ()
