@@ -10,13 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradiometer.bench.moments import TILE, Array, Moments, Pooled, Tile, moments_of, summary, total_of
+from gradiometer.bench.moments import TILE, Array, Moments, Pooled, Tile, left_by, moments_of, summary, total_of
 from gradiometer.bench.outer import CANCELLED, Outer, pairs_of, twice
 from gradiometer.bench.products import product
 
@@ -138,8 +137,9 @@ class Coordinates(Accumulator):
                 return [m]
             return m.flatten().split(TILE) if m.is_contiguous() else m.split(max(1, TILE // m.shape[1]))
 
-        firsts, seconds = (zip(*map(cut, of), strict=True) for of in (self.first, self.second))
-        yield from zip(firsts, seconds, repeat(None) if self.pilot is None else cut(self.pilot.dense), strict=False)
+        firsts, seconds = (list(zip(*map(cut, of), strict=True)) for of in (self.first, self.second))
+        pilots = [None] * len(firsts) if self.pilot is None else cut(self.pilot.dense)
+        yield from zip(firsts, seconds, pilots, strict=True)
 
 
 class Dense(Coordinates):
@@ -304,7 +304,7 @@ class Traces(Accumulator):
                 raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")
             rows.append([square / left**2, variance, math.nan, math.nan, math.nan])
         pooled = Pooled(n, self.shape if shape is None else shape, total.cpu(), torch.full_like(total, math.nan).cpu())
-        return moments_of(pooled, np.array(rows), [n, *(n - self.count).tolist()])
+        return moments_of(pooled, np.array(rows), left_by(self.count))
 
 
 def _along(direction: Tensor, vectors: Sequence[Tensor]) -> Array:

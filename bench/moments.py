@@ -111,9 +111,14 @@ class Moments:
         return Moments(replace(self.pooled, shape=shape, inputs=inputs.cpu().clone()), total, tuple(without))
 
 
+def left_by(count: Array) -> list[float]:
+    """How many replicates there are, and how many without each shard."""
+    return [float(count.sum()), *(count.sum() - count).tolist()]
+
+
 def summary(tiles: Iterable[Tile], count: Array, shape: Sequence[int]) -> Moments:
     """Of coordinates that come a few at a time: from all shards, and without each in turn."""
-    left = [float(count.sum()), *(count.sum() - count).tolist()]
+    left = left_by(count)
     pooled: list[list[Tensor]] = [[], [], []]
     sums = []
     for first, second, pilot in tiles:
@@ -184,5 +189,5 @@ def moments_of(pooled: Pooled, sums: Array, left: Sequence[float]) -> Moments:
 
 def zero(shape: torch.Size, count: Array) -> Moments:
     """Of a parameter whose gradient is always zero."""
-    left, zeros = [float(count.sum()), *(count.sum() - count).tolist()], torch.zeros(()).expand(shape)
+    left, zeros = left_by(count), torch.zeros(()).expand(shape)
     return moments_of(Pooled(left[0], shape, zeros, zeros), np.zeros((len(left), 5)), left)
