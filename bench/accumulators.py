@@ -319,14 +319,15 @@ class Cancelled(Exception):
 def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice], traces: bool = False) -> Accumulator:
     """The accumulator that is fast and precise for gradients of which the first replicates are given.
 
-    With `traces`, squared norms stand for second moments wherever that saves something.
+    With `traces`, squared norms stand for second moments, but where a replicate has so many rows (the places of a convolution)
+    that their inner products cost more than its gradient.
     """
     if isinstance(beginning, Outer):
         if beginning.shared and beginning.rows <= SHARED_FEW:
             deviations = Outer(beginning.inputs, beginning.cotangents - steady_mean(beginning.cotangents))
             if beginning.rows == 1 or _pairs_agree(deviations):
                 return Shared(beginning, shards, slices)
-        elif traces:
+        elif traces and beginning.rows <= SHARED_FEW:
             return Traces(beginning, shards, slices)
         elif beginning.rows <= FEW and len(beginning) >= ENOUGH:
             first, second = beginning.total(), beginning.squared().total()

@@ -121,7 +121,6 @@ class Batch:
             with tape.recording():
                 tape.guide(lambda: self.model.guide(self.x[None]))
         except NotImplementedError:
-            self.network.guide = None
             return False
         return True
 

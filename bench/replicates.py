@@ -71,19 +71,18 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """How replicates are made: by an engine, for some estimators together, `chunk` at a time."""
+    """How replicates are made: by an engine, for some estimators together, `chunk` at a time.
+
+    Attributes:
+        gains_from_traces: whether squared norms cost less than second moments.
+    """
 
     engine: Engine
     subjects: tuple[Subject, ...]
     chunk: int
     batch: Batch | None = None
+    gains_from_traces: bool = False
     note: str = ""
-
-    @property
-    def gains_from_traces(self) -> bool:
-        """Whether squared norms cost less than second moments: of more than one row in a replicate, and of few."""
-        rows = len(self.subjects[0].x) * self.subjects[0].estimator.K
-        return self.engine == "rows" and 1 < rows <= SHARED_FEW
 
     def on(self, x: Tensor) -> Plan:
         """The same on another minibatch of the same shape."""
@@ -176,7 +175,8 @@ def _batched(subjects: Sequence[Subject], batch: Batch, made: Pass, engine: Engi
             found += _batched(part, batch, batch.draw(_probe(first, seed=0)), engine, limits)
         return found
     wanted = min(CHUNK.get(first.x.device.type, GPU_CHUNK), (memory - held) // len(subjects)) // batch.bytes_each
-    return [Plan(engine, tuple(subjects), limits.chunk or chunk_size(wanted), batch)]
+    gains = any(isinstance(of, Outer) and 1 < of.rows <= SHARED_FEW for of in made.blocks.values())
+    return [Plan(engine, tuple(subjects), limits.chunk or chunk_size(wanted), batch, engine == "rows" and gains)]
 
 
 def _probe(subject: Subject, seed: int) -> Rng:
@@ -236,12 +236,13 @@ def _apart(made: Pass, position: int, subject: Subject, seed: int) -> str | None
     """The first parameter in whose gradient the two differ, in a sentence."""
     single = _one(subject, Rng(seed, 1, "measure", subject.x.device)).gradients
     batched = dense(made, position, subject.parameters, slice(1, 2)).gradients
+    least = 1e-6 * max((_largest(gradient.nan_to_num(0, 0, 0)) for gradient in single.values()), default=0)
     for name, gradient in single.items():
         off, scale = batched[name][0] - gradient, gradient
         if not math.isfinite(_largest(off)):  # numbers that are none in both are the same
             same = (batched[name][0] == gradient) | (batched[name][0].isnan() & gradient.isnan())
             off, scale = off.masked_fill(same, 0), gradient.nan_to_num(0, 0, 0)
-        if not _largest(off) <= 10 * math.sqrt(torch.finfo(gradient.dtype).eps) * max(1e-6, _largest(scale)):
+        if not _largest(off) <= 10 * math.sqrt(torch.finfo(gradient.dtype).eps) * max(least, _largest(scale)):
             return f"batched, its gradient of {name!r} differs by {_largest(off):.2g}"
     return None
 

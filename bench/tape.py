@@ -105,6 +105,7 @@ class Network:
         forwards = {layer: fast_forward(layer) for layer in self.layers if type(layer) is nn.Linear}
         self.forwards = {layer: forward for layer, forward in forwards.items() if forward is not None}
         self.guide: tuple[Distribution, list[Call]] | None = None  # once it ran
+        self.opaque = False  # whether the guide is not known by its parameters, so that every replicate runs its own
         self.called: list[nn.Module] | None = None  # the layers in the order of their calls, once that is known
         self.axes: list[int] = []  # where replicates are, by the number of the call
 
@@ -204,12 +205,9 @@ class Tape:
         Raises:
             NotImplementedError: it is not rebuilt from its parameters, or they are not ``[1, B, ...]``.
         """
-        if self.network.guide is None:
-            start = len(self.calls)
-            made = make()
-            self.network.guide = made, self.calls[start:]
-            del self.calls[start:]
-        q, calls = self.network.guide
+        if self.network.opaque:
+            raise NotImplementedError("the guide is not known by its parameters")
+        q, calls = self.network.guide or self._run(make)
         pairs: list[tuple[Tensor, Tensor]] = []
         lead = (self.R,) if particles is None else (particles, self.R)
 
@@ -221,9 +219,22 @@ class Tape:
                 pairs.append((parameter, grown.requires_grad_()))
             return grown
 
-        changed = rebuilt(q, leaf)
+        try:
+            changed = rebuilt(q, leaf)
+        except NotImplementedError:
+            self.network.opaque = True
+            raise
+        self.network.guide = q, calls
         self.guides.append(_Guide(calls, pairs))
         return changed
+
+    def _run(self, make: Callable[[], Distribution]) -> tuple[Distribution, list[Call]]:
+        """The guide with the calls of its networks, which are not the pass's."""
+        start = len(self.calls)
+        made = make()
+        calls = self.calls[start:]
+        del self.calls[start:]
+        return made, calls
 
     def of_group(self, group: str, calls: Sequence[Call]) -> list[Call]:
         """Those calls whose layer belongs to a group and whose output has a gradient."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
 from gradiometer.bench import store
 from gradiometer.bench.decomposition import Decomposition, decompose, minibatch, minibatches_of
@@ -198,6 +199,42 @@ def test_engines_agree(engine: str) -> None:
         for part in PARTS:
             one, other = found.variances(group)[part], usual.variances(group)[part]
             assert one.value == pytest.approx(other.value, rel=1e-8)
+
+
+class FreeGuide(nn.Module):
+    """Whose guide has parameters outside layers, alone or beside a layer that sees the data."""
+
+    groups = {"generative": ("decoder",), "inference": ("mean", "encoder")}
+
+    def __init__(self, layers: bool) -> None:
+        super().__init__()
+        self.mean, self.decoder = nn.Parameter(torch.tensor([0.3, -0.4])), nn.Linear(2, D)
+        self.encoder = nn.Linear(D, 2) if layers else None
+
+    def guide(self, x: Tensor) -> Independent:
+        mean = self.mean + (x.new_zeros(*x.shape[:-1], 2) if self.encoder is None else self.encoder(x))
+        return Independent(Normal(mean, torch.ones_like(mean)), 1)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        return -0.5 * (x - self.decoder(z)).square().sum(-1) - 0.5 * z.square().sum(-1)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("engine", ["rows", "ghost"])
+@pytest.mark.parametrize("layers", [False, True])
+@pytest.mark.parametrize("word", ["sgvb-a", "iwae:K=3"])
+def test_a_guide_of_free_parameters_keeps_its_noise(word: str, layers: bool, engine: str, chunk: int) -> None:
+    torch.manual_seed(4)
+    problem = Problem(FreeGuide(layers), torch.randn(3, D), minibatch=lambda g: torch.randn(3, D, generator=g))
+    asked = {"minibatches": 4, "replicates": 8, "dtype": torch.float64}
+    (found,), (slow,) = (
+        decompose(problem, [parse(word)], engine=of, chunk=chunk, **asked) for of in (engine, "loop")
+    )
+    assert found.engine == engine
+    for part in PARTS:
+        one, other = found.variances("inference")[part], slow.variances("inference")[part]
+        assert one.value == pytest.approx(other.value, rel=1e-8)
+    assert found.variances("inference")["estimator"].value > 0
 
 
 @pytest.mark.parametrize("word", ["dreg:K=3", "rloo:K=2", "sgvb-b", "nvi:levels=2,K=2"])
