@@ -298,7 +298,7 @@ class Traces(Accumulator):
             (total, sum(squares), n),
             *((total - f, sum(squares) - q, n - c) for f, q, c in zip(parts, squares, self.count, strict=True)),
         ):
-            square = sum(float(torch.dot(part, part)) for part in without.split(TILE))
+            square = float(torch.linalg.vector_norm(without, dtype=torch.float64)) ** 2
             variance = max(second - square / left, 0.0) / (left - 1)  # in this order, nan stays nan
             if variance * left < least * second:
                 raise Cancelled("the gradient is so steady that its squared norms do not tell its variance")

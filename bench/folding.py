@@ -22,6 +22,7 @@ from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
 
 PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
 PULLING = 64  # of the projected ones, how many tell how a ratio hangs on its direction, which is a part of its error
+REMEDY = "measure in float64"
 SMALL = 2**12  # coordinates of a gradient up to which all of the second half are: it costs next to nothing
 
 
@@ -184,7 +185,7 @@ class Folding:
         """By parameter.
 
         Raises:
-            Failure: a gradient was not finite.
+            Failure: a gradient was not finite, or its squares are no numbers of its precision.
             Cancelled: traces were wanted, and the noise is too small to be told from squared norms.
         """
         count = next(iter(self.sums.values())).count
@@ -196,6 +197,10 @@ class Folding:
                 if key not in self._finished:
                     self._finished[key] = zero(p.shape, count) if part is None else self._of_part(name, part)
                 found[name] = self._finished[key]
+        if _vanishing(found):
+            raise Failure(
+                f"squares of the gradient of {self.estimators[estimator]} are too small for its precision: {REMEDY}"
+            )
         return found
 
     def _of_part(self, name: str, part: Part) -> Moments:
@@ -203,9 +208,7 @@ class Folding:
         if not np.isfinite(found.sums.variance):
             number = self.sums[part.block].first_not_finite(part.columns)
             if number is None:
-                raise Failure(
-                    f"squares of the gradient of {name!r} are too large for its precision: measure in float64"
-                )
+                raise Failure(f"squares of the gradient of {name!r} are too large for its precision: {REMEDY}")
             shard = next(shard for shard, of in self._shards if of == number)
             raise Failure(
                 f"the gradient of {name!r} is not finite in a replicate between {shard.start} and {shard.stop - 1}"
@@ -330,6 +333,14 @@ def _joined(parts: Sequence[Projections]) -> Projections:
 
 def _columns(gradients: Tensor | Outer, which: slice) -> Tensor | Outer:
     return gradients.columns(which) if isinstance(gradients, Outer) else gradients[..., which]
+
+
+def _vanishing(moments: Mapping[str, Moments]) -> bool:
+    """Whether there is a gradient whose squares have lost digits, or all of them, since they are so small."""
+    squares = sum(of.sums.squared_mean + of.sums.variance for of in moments.values())
+    least = min((torch.finfo(of.pooled.first.dtype).tiny for of in moments.values()), default=0)
+    few = squares < least * sum(math.prod(of.pooled.shape) for of in moments.values())
+    return few and any(bool(of.pooled.mean.any()) for of in moments.values())
 
 
 def _normalize(parts: Sequence[Tensor]) -> float:

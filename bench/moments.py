@@ -178,7 +178,10 @@ def _sums(mean: Tensor, variance: Tensor, ratio: Tensor) -> list[tuple[float, ..
 
 
 def _squared_norms(rows: Tensor) -> list[float]:
-    return [norm**2 for norm in torch.linalg.vector_norm(rows, dim=1).tolist()]
+    norms: list[float] = torch.linalg.vector_norm(rows, dim=1).tolist()
+    if not all(map(math.isfinite, norms)):  # squares of what is summed over replicates may overflow
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).tolist()
+    return [norm**2 for norm in norms]
 
 
 def moments_of(pooled: Pooled, sums: Array, left: Sequence[float]) -> Moments:

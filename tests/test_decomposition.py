@@ -204,7 +204,7 @@ def test_engines_agree(engine: str) -> None:
 class FreeGuide(nn.Module):
     """Whose guide has parameters outside layers, alone or beside a layer that sees the data."""
 
-    groups = {"generative": ("decoder",), "inference": ("mean", "encoder")}
+    groups = {"generative": ("decoder",), "inference": ("mean", "encoder")}  # noqa: RUF012
 
     def __init__(self, layers: bool) -> None:
         super().__init__()
@@ -227,9 +227,7 @@ def test_a_guide_of_free_parameters_keeps_its_noise(word: str, layers: bool, eng
     torch.manual_seed(4)
     problem = Problem(FreeGuide(layers), torch.randn(3, D), minibatch=lambda g: torch.randn(3, D, generator=g))
     asked = {"minibatches": 4, "replicates": 8, "dtype": torch.float64}
-    (found,), (slow,) = (
-        decompose(problem, [parse(word)], engine=of, chunk=chunk, **asked) for of in (engine, "loop")
-    )
+    (found,), (slow,) = (decompose(problem, [parse(word)], engine=of, chunk=chunk, **asked) for of in (engine, "loop"))
     assert found.engine == engine
     for part in PARTS:
         one, other = found.variances("inference")[part], slow.variances("inference")[part]

@@ -19,6 +19,7 @@ from gradiometer.bench.measurement import measure
 from gradiometer.bench.models.toys import BernoulliToy, Expectation, FunctionToy, GaussianToy
 from gradiometer.bench.models.vae import VAE, Architecture
 from gradiometer.bench.moments import shards
+from gradiometer.bench.outer import Outer
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import initial_state, settled
@@ -685,14 +686,85 @@ def test_layers_called_by_keyword_or_frozen_or_twice_are_batched(word: str) -> N
         assert equal(found.variance, wanted.variance, 1e-10)
 
 
-def test_squares_too_large_for_their_precision_are_told() -> None:
-    class Huge(Stranger):
-        def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
-            return 1e20 * super().log_joint(x, z)
+class Scaled(Stranger):
+    """Whose gradients are of any size; `mixed`, a replicate's depends on the others in its batch."""
 
-    with pytest.raises(Failure, match="too large for its precision: measure in float64"):
-        measure(Problem(Huge(), data(3, 4).float()), parse("sgvb-a"), replicates=64)
-    assert measure(Problem(Huge(), data(3, 4)), parse("sgvb-a"), replicates=64, dtype=torch.float64).engine == "rows"
+    def __init__(self, scale: float, mixed: bool = False) -> None:
+        super().__init__()
+        self.scale, self.mixed = scale, mixed
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        found = self.scale * super().log_joint(x, z)
+        return found * (1 + z.detach().mean()) if self.mixed else found
+
+
+@pytest.mark.parametrize("engine", ["rows", "ghost"])
+@pytest.mark.parametrize(("scale", "said"), [(1e20, "large"), (1e-22, "small"), (1e-30, "small")])
+def test_squares_that_are_no_numbers_of_their_precision_are_told(scale: float, said: str, engine: str) -> None:
+    asked = {"replicates": 64, "engine": engine}
+    with pytest.raises(Failure, match=f"too {said} for its precision: measure in float64"):
+        measure(Problem(Scaled(scale), data(3, 4).float()), parse("sgvb-a"), **asked)
+    assert measure(Problem(Scaled(scale), data(3, 4)), parse("sgvb-a"), dtype=torch.float64, **asked).engine == engine
+
+
+@pytest.mark.parametrize("engine", ["rows", "ghost"])
+@pytest.mark.parametrize("scale", [1e-17, 1e17])
+def test_squares_of_sums_may_be_larger_than_squares(scale: float, engine: str) -> None:
+    torch.manual_seed(0)
+    problem, asked = (
+        Problem(Scaled(scale), data(3, 4).float()),
+        {"replicates": 1000, "only": ["variance", "gradient_norm"]},
+    )
+    found, wanted = (
+        measure(problem, parse("iwae:K=2"), dtype=dtype, engine=engine, **asked)
+        for dtype in (torch.float32, torch.float64)
+    )
+    for metric, value in wanted.metrics("generative").items():
+        assert found.metrics("generative")[metric].value == pytest.approx(value.value, rel=1e-4), metric
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-4, 1])
+def test_gradients_of_any_size_are_held_against_the_slow_twin(scale: float) -> None:
+    torch.manual_seed(0)
+    problem = Problem(Scaled(scale, mixed=True), data(3, 4).float())
+    with pytest.warns(UserWarning, match="differs by"):
+        assert measure(problem, parse("iwae:K=2"), replicates=16).engine == "loop"
+
+
+class Images(nn.Module):
+    """A convolution over 64 places, and a linear layer."""
+
+    groups = {"generative": ("lift", "spread"), "inference": ("mean",)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.spread, self.mean = nn.Linear(2, 64), nn.Conv2d(1, 1, 3, padding=1), nn.Linear(64, 2)
+
+    def guide(self, x: Tensor) -> Independent:
+        mean = self.mean(x)
+        return Independent(Normal(mean, torch.ones_like(mean)), 1)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        seen = self.lift(z).tanh().reshape(-1, 1, 8, 8)
+        off = x - self.spread(seen).reshape(*z.shape[:-1], 64)
+        return -0.5 * off.square().sum(-1) - 0.5 * z.square().sum(-1)
+
+
+def test_inner_products_of_the_places_of_a_convolution_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cost more than the gradients whose norms they give."""
+    rows = []
+    made = Outer.squared_norms
+    monkeypatch.setattr(Outer, "squared_norms", lambda self: (rows.append(self.rows), made(self))[1])
+    torch.manual_seed(0)
+    problem = Problem(Images(), data(2, 64).float())
+    found = measure(problem, parse("iwae:K=2"), replicates=64, only=["variance"])
+    assert found.engine == "ghost"
+    assert set(rows) == {4}
+    wanted = measure(problem, parse("iwae:K=2"), replicates=64, only=["variance"], engine="loop")
+    for group in ("generative", "inference"):
+        assert found.metrics(group)["variance"].value == pytest.approx(
+            wanted.metrics(group)["variance"].value, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,8 @@ def test_the_accumulator_follows_the_first_replicates() -> None:
     for n in (6, 40):
         assert chosen(rows(n)) == "Dense"
         assert chosen(with_a_bias(rows(n))) == "Dense about columns (2,)"
-        assert chosen(rows(n), traces=True) == "Traces"
+    assert chosen(rows(32), traces=True) == "Traces"
+    assert chosen(rows(33), traces=True) == "Dense"  # inner products of so many rows cost more than gradients
     for n in (1, 4, 20, 32):
         assert chosen(shared(n)) == chosen(shared(n), traces=True) == "Shared"
     assert chosen(shared(33)) == "Dense"
