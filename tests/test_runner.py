@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,20 @@ def running(process: int) -> bool:
         return False
 
 
+def begun(command: list[object], **options: Any) -> subprocess.Popen[str]:
+    """A command in a session of its own that hears an interrupt, though these tests may run in the background of a shell."""
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        [*map(str, command)],
+        start_new_session=True,
+        preexec_fn=hears,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
 def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():
@@ -246,14 +261,7 @@ def test_a_run_that_is_killed_loses_at_most_the_cells_in_flight(
         "--plugin",
         patient,
     ]
-    process = subprocess.Popen(
-        [*map(str, command), "--jobs", "2"],
-        env=os.environ | {"NAP": "30"},
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = begun([*command, "--jobs", "2"], env=os.environ | {"NAP": "30"})
     folder = tmp_path / "cut" / "cells"
     wait_until(lambda: len(list(folder.glob("*.json"))) >= 2 or process.poll() is not None)
     workers = children(process.pid)
@@ -284,7 +292,7 @@ def test_a_run_that_is_killed_loses_at_most_the_cells_in_flight(
 def test_an_interrupt_while_workers_start_is_one_line(tmp_path: Path) -> None:
     asked = suite(tmp_path / "mine.toml", "iwae:K=2", "stl")
     command = [sys.executable, "-m", "gradiometer.bench.cli", "run", asked, "--out", tmp_path / "out", "--jobs", "2"]
-    process = subprocess.Popen(list(map(str, command)), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = begun(command)
     wait_until(
         lambda: len(children(process.pid)) >= 3 or process.poll() is not None
     )  # two, and what cleans up after them
