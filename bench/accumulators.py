@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradiometer.bench.moments import TILE, Array, Moments, Pooled, Tile, left_by, moments_of, summary, total_of
-from gradiometer.bench.outer import CANCELLED, Outer, pairs_of, twice
+from gradiometer.bench.outer import CANCELLED, Beside, Outer, columns_of, pairs_of, twice
 from gradiometer.bench.products import product
 
 LARGE = 2**18  # elements of a gradient from which it is made in parts, so that it and its sums stay in a cache
@@ -25,10 +25,25 @@ PAIRED = 1024  # pairs of rows that are held at once
 AGREED = 1e-3  # relative difference of second moments made in two ways, in every coordinate, if neither has cancelled
 ENOUGH = 4  # replicates that show whether terms cancel
 FEW, SHARED_FEW = 5, 32  # rows up to which sums over their pairs are cheaper than one gradient after the other
+AT_ONCE = 2**20  # elements of small parameters' gradients that are made at once
+Block = Tensor | Outer | Beside
 Slice = tuple[int | None, int | None]
 """Columns (last axis) of a block that are one parameter's, as a slice's start and stop."""
 Projections = dict[Slice, tuple[Tensor, Tensor]]
 """Inner products with a direction and squared norms of replicates, ``[r]`` each, by columns."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Replicates of a pass that belong to one shard; the first `wanted` of them are projected."""
+
+    shard: int
+    rows: slice
+    wanted: int = 0
+
+    def __len__(self) -> int:
+        length: int = self.rows.stop - self.rows.start
+        return length
 
 
 class Accumulator(ABC):
@@ -38,30 +53,25 @@ class Accumulator(ABC):
         self.shape = like.shape if isinstance(like, Outer) else like.shape[1:]
         self.count, self.slices = np.zeros(shards), tuple(slices)
 
-    def fold(
-        self, shard: int, gradients: Tensor | Outer, towards: Tensor | None = None, wanted: int = 0
-    ) -> Projections:
-        """Add the replicates ``[r, *shape]`` to `shard`.
+    def fold(self, gradients: Block, pieces: Sequence[Piece], towards: Tensor | None = None) -> Projections:
+        """Add the replicates ``[r, *shape]`` of adjacent pieces of a pass, each to its shard.
 
-        Where they are made one after the other, the first `wanted` are projected on the direction `towards` as they come by.
+        Where they are made one after the other, those that are wanted are projected on the direction `towards` as they come by.
         """
-        found = self._add(shard, gradients, towards, wanted)
-        self.count[shard] += len(gradients)
+        found = self._add(gradients, pieces, towards)
+        for piece in pieces:
+            self.count[piece.shard] += len(piece)
         return found
 
-    def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
-        self._sum(shard, gradients)
-        return {}
+    @abstractmethod
+    def _add(self, gradients: Block, pieces: Sequence[Piece], towards: Tensor | None) -> Projections: ...
 
     def projections(self, gradients: Tensor | Outer, towards: Tensor) -> Projections:
         """Of replicates that were not projected while they were added."""
         if isinstance(gradients, Outer):
             return {of: gradients.columns(slice(*of)).projections(towards[:, slice(*of)]) for of in self.slices}
-        along, squared = gradients * towards, gradients.square()
-        return {of: (along[:, slice(*of)].sum(1), squared[:, slice(*of)].sum(1)) for of in self.slices}
-
-    @abstractmethod
-    def _sum(self, shard: int, gradients: Tensor | Outer) -> None: ...
+        parts = {of: (gradients[:, slice(*of)], towards[slice(*of)]) for of in self.slices}
+        return {of: ((part * onto).sum(1), part.square().sum(1)) for of, (part, onto) in parts.items()}
 
     @abstractmethod
     def mean(self, upto: int) -> Tensor:
@@ -119,8 +129,8 @@ class Pilot:
 class Coordinates(Accumulator):
     """Has the sums of every coordinate, shard by shard, about a pilot."""
 
-    first: list[Tensor]
-    second: list[Tensor]
+    first: Tensor | list[Tensor]
+    second: Tensor | list[Tensor]
     pilot: Pilot | None
 
     def mean(self, upto: int) -> Tensor:
@@ -131,6 +141,8 @@ class Coordinates(Accumulator):
         return _along(direction, [f[..., columns] for f in self.first[:upto]])
 
     def _tiles(self, columns: slice) -> Iterator[Tile]:
+        """Of single shards, each in parts."""
+
         def cut(m: Tensor) -> Sequence[Tensor]:
             m = m.view(-1, self.shape[-1])[:, columns]
             if m.numel() <= TILE:
@@ -145,42 +157,51 @@ class Coordinates(Accumulator):
 class Dense(Coordinates):
     """Holds the sums of every coordinate; of factors, one gradient is made after the other."""
 
+    first: Tensor
+    second: Tensor
+
     def __init__(self, like: Tensor | Outer, shards: int, slices: Iterable[Slice], pilot: Pilot | None = None) -> None:
         super().__init__(like, shards, slices)
         values = like.cotangents if isinstance(like, Outer) else like
         # At once, not as shards begin: they would lie scattered over a heap of passing things, and keep it from shrinking.
-        self.first, self.second = (list(values.new_empty(shards, *self.shape)) for _ in range(2))
+        self.first, self.second = (values.new_zeros(shards, *self.shape) for _ in range(2))
         self.pilot = pilot
 
-    def _add(self, shard: int, gradients: Tensor | Outer, towards: Tensor | None, wanted: int) -> Projections:
-        if not isinstance(gradients, Outer):
-            return super()._add(shard, gradients, towards, wanted)
-        first, second = self._places(shard)
-        if towards is None or gradients.rows <= SHARED_FEW:
+    def _add(self, gradients: Block, pieces: Sequence[Piece], towards: Tensor | None) -> Projections:
+        if isinstance(gradients, Outer):
+            return _joined([self._one_by_one(gradients[piece.rows], piece, towards) for piece in pieces])
+        start = 0
+        for part in gradients.parts if isinstance(gradients, Beside) else [gradients]:
+            wide = part.shape.numel() if isinstance(part, Outer) else part[0].numel()
+            at_once = [pieces] if sum(map(len, pieces)) * wide <= AT_ONCE else [[piece] for piece in pieces]
+            for together in at_once:
+                values = columns_of(part[slice(together[0].rows.start, together[-1].rows.stop)])
+                deviations = values if self.pilot is None else values - self.pilot.dense[start : start + wide]
+                add_rows(self.first[:, start : start + wide], deviations, together)
+                add_rows(self.second[:, start : start + wide], deviations.square(), together)
+            start += wide
+        return {}
+
+    def _one_by_one(self, gradients: Outer, piece: Piece, towards: Tensor | None) -> Projections:
+        first, second = self.first[piece.shard], self.second[piece.shard]
+        if towards is None or gradients.rows <= SHARED_FEW or not piece.wanted:
             add_one_by_one(gradients, first, second, self.pilot)
             return {}
-        columns = add_one_by_one(gradients[:wanted], first, second, self.pilot, towards)
-        add_one_by_one(gradients[wanted:], first, second, self.pilot)
+        columns = add_one_by_one(gradients[: piece.wanted], first, second, self.pilot, towards)
+        add_one_by_one(gradients[piece.wanted :], first, second, self.pilot)
         along, squared = ({of: m[:, slice(*of)].sum(1) for of in self.slices} for m in columns)
         return {of: (along[of], squared[of]) for of in self.slices}
 
-    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
-        first, second = self._places(shard)
-        assert isinstance(gradients, Tensor)
-        deviations = gradients if self.pilot is None else gradients - self.pilot.dense
-        if len(deviations) == 1:
-            first.add_(deviations[0])
-            second.addcmul_(deviations[0], deviations[0])
-        else:
-            first.add_(deviations.sum(0))
-            second.add_(deviations.square().sum(0))
+    def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
+        return _along(direction, self.first[:upto, ..., columns])
 
-    def _places(self, shard: int) -> tuple[Tensor, Tensor]:
-        first, second = self.first[shard], self.second[shard]
-        if self.count[shard] == 0:
-            first.zero_()
-            second.zero_()
-        return first, second
+    def _tiles(self, columns: slice) -> Iterator[Tile]:
+        first, second = self.first[..., columns], self.second[..., columns]
+        if first.numel() > TILE:
+            yield from super()._tiles(columns)
+        else:
+            pilot = None if self.pilot is None else self.pilot.dense[..., columns]
+            yield first.flatten(1), second.flatten(1), pilot
 
 
 class Paired(Coordinates):
@@ -196,8 +217,13 @@ class Paired(Coordinates):
         self.second = list(self.first)
         self.centre, self.pilot = centre, None if centre is None else Pilot(centre.dense()[0])
 
-    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+    def _add(self, gradients: Block, pieces: Sequence[Piece], towards: Tensor | None) -> Projections:
         assert isinstance(gradients, Outer)
+        for piece in pieces:
+            self._sum(piece.shard, gradients[piece.rows])
+        return {}
+
+    def _sum(self, shard: int, gradients: Outer) -> None:
         deviations = gradients if self.centre is None else minus(gradients, self.centre)
         step = max(1, PAIRED // (deviations.rows * (deviations.rows + 1) // 2))
         for start in range(0, len(deviations), step):
@@ -221,21 +247,25 @@ class Shared(Accumulator):
         self.first = like.cotangents.new_zeros(shards, n, out)
         self.second = like.cotangents.new_zeros(shards, out, n, n)
 
-    def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
+    def _add(self, gradients: Block, pieces: Sequence[Piece], towards: Tensor | None) -> Projections:
         assert isinstance(gradients, Outer)
-        deviations = gradients.flat().cotangents - self.pilot  # [r, n, out]
-        self.first[shard] += deviations.sum(0)
+        span = slice(pieces[0].rows.start, pieces[-1].rows.stop)
+        deviations = gradients.cotangents[span].flatten(1, -2) - self.pilot  # [r, n, out]
+        add_rows(self.first, deviations, pieces)
         if len(self.inputs) == 1:
-            self.second[shard, :, 0, 0] += deviations.square().sum((0, 1))
-        else:
-            rows = deviations.permute(2, 1, 0).contiguous()  # [out, n, r]
-            torch.baddbmm(self.second[shard], rows, rows.mT, out=self.second[shard])
+            add_rows(self.second[..., 0, 0], deviations.square().squeeze(1), pieces)
+            return {}
+        for piece in pieces:
+            own = deviations[piece.rows.start - span.start : piece.rows.stop - span.start]
+            rows = own.permute(2, 1, 0).contiguous()  # [out, n, r]
+            torch.baddbmm(self.second[piece.shard], rows, rows.mT, out=self.second[piece.shard])
+        return {}
 
     def mean(self, upto: int) -> Tensor:
         return product((self.first[:upto].sum(0) / self.count[:upto].sum() + self.pilot).T, self.inputs.T)
 
     def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
-        return _along(product(self.inputs[:, columns], direction), list(self.first[:upto]))
+        return _along(product(self.inputs[:, columns], direction), self.first[:upto])
 
     def _tiles(self, columns: slice) -> Iterator[Tile]:
         inputs, S = self.inputs[:, columns].T, len(self.first)  # [in, n]
@@ -247,13 +277,13 @@ class Shared(Accumulator):
             first = product(self.first[..., units].mT.flatten(0, 1), inputs).view(S, -1)
             forms = self.second[:, units, n, m].flatten(0, 1) * often  # [S * t, pairs]
             second = product(forms, pairs).view(S, -1)
-            yield list(first), list(second), product(self.pilot[:, units].T, inputs).flatten()
+            yield first, second, product(self.pilot[:, units].T, inputs).flatten()
 
     def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
         if len(self.inputs) > 1:
             return super().moments(columns, shape)
         # Every gradient is one vector times the same inputs: the vector's moments, and how often each is seen.
-        vectors = list(self.first[:, 0]), list(self.second[..., 0, 0]), self.pilot[0]
+        vectors = self.first[:, 0], self.second[..., 0, 0], self.pilot[0]
         return summary([vectors], self.count, self.pilot.shape[1:]).times(
             self.inputs[0, columns], self.shape if shape is None else shape
         )
@@ -268,6 +298,11 @@ class Traces(Accumulator):
         self.first = values.new_zeros(shards, *self.shape)
         self.squares = {of: values.new_zeros(shards, dtype=torch.float64) for of in self.slices}
 
+    def _add(self, gradients: Block, pieces: Sequence[Piece], towards: Tensor | None) -> Projections:
+        for piece in pieces:
+            self._sum(piece.shard, gradients[piece.rows])
+        return {}
+
     def _sum(self, shard: int, gradients: Tensor | Outer) -> None:
         self.first[shard] += gradients.total() if isinstance(gradients, Outer) else gradients.sum(0)
         for of, squares in self.squares.items():
@@ -279,10 +314,10 @@ class Traces(Accumulator):
         return self.first[:upto].sum(0) / self.count[:upto].sum()
 
     def along(self, direction: Tensor, columns: slice, upto: int) -> Array:
-        return _along(direction, [f[..., columns] for f in self.first[:upto]])
+        return _along(direction, self.first[:upto, ..., columns])
 
     def _tiles(self, columns: slice) -> Iterator[Tile]:
-        yield list(self.first[..., columns].flatten(1)), list(self.squares[columns.start, columns.stop]), None
+        yield self.first[..., columns].flatten(1), self.squares[columns.start, columns.stop], None
 
     def moments(self, columns: slice = slice(None), shape: torch.Size | None = None) -> Moments:
         """Variances of coordinates are not known: nan.
@@ -307,9 +342,32 @@ class Traces(Accumulator):
         return moments_of(pooled, np.array(rows), left_by(self.count))
 
 
-def _along(direction: Tensor, vectors: Sequence[Tensor]) -> Array:
+def _along(direction: Tensor, vectors: Tensor | Sequence[Tensor]) -> Array:
     flat = direction.flatten()
+    if isinstance(vectors, Tensor):
+        return np.array((vectors.flatten(1) @ flat).tolist())
     return np.array([float(torch.dot(vector.flatten(), flat)) for vector in vectors])
+
+
+def _joined(parts: Sequence[Projections]) -> Projections:
+    """Of all the replicates; nothing if there are none."""
+    found = [part for part in parts if part]
+    return {
+        of: (torch.cat([part[of][0] for part in found]), torch.cat([part[of][1] for part in found]))
+        for of in (found[0] if found else ())
+    }
+
+
+def add_rows(sums: Tensor, values: Tensor, pieces: Sequence[Piece]) -> None:
+    """Add the values ``[r, *n]`` of replicates to the sums ``[S, *n]`` of the shards that adjacent pieces belong to."""
+    if len(pieces) > 1 and values.device.type == "cpu":  # elsewhere the order of this sum is left to chance
+        shards = torch.repeat_interleave(
+            torch.tensor([p.shard for p in pieces]), torch.tensor([len(p) for p in pieces])
+        )
+        sums += torch.zeros_like(sums).index_add_(0, shards, values.contiguous())
+    else:
+        for piece, own in zip(pieces, values.split([len(piece) for piece in pieces]), strict=True):
+            sums[piece.shard] += own[0] if len(own) == 1 else own.sum(0)
 
 
 class Cancelled(Exception):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradiometer.bench.accumulators import Accumulator, accumulator
+from gradiometer.bench.accumulators import Accumulator, Piece, accumulator
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.folding import Failure
 from gradiometer.bench.gradients import Counted, trainable
@@ -216,10 +216,10 @@ class _Minibatch:
                 self._begin(made, plan.engine == "ghost")
             if made.parts != self._parts:
                 raise NotRows("what its gradients are made of changes between replicates")
-            cut = max(0, middle - at.start)
-            for half, rows in enumerate((slice(0, cut), slice(cut, len(at)))):
-                for name, block in made.blocks.items() if rows.start < min(rows.stop, len(at)) else ():
-                    self._sums[name].fold(half, block[rows])
+            cut = min(max(0, middle - at.start), len(at))
+            halves = Piece(0, slice(0, cut)), Piece(1, slice(cut, len(at)))
+            for name, block in made.blocks.items():
+                self._sums[name].fold(block, [piece for piece in halves if len(piece)])
 
     def _begin(self, made: Pass, traces: bool) -> None:
         self._parts = made.parts

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradiometer.bench import formulas
-from gradiometer.bench.accumulators import Accumulator, Projections, accumulator
+from gradiometer.bench.accumulators import Accumulator, Piece, Projections, accumulator
 from gradiometer.bench.gradients import Parameters, coordinates
 from gradiometer.bench.moments import Array, Moments, number_of, shards, zero
 from gradiometer.bench.outer import Outer
@@ -134,26 +135,32 @@ class Folding:
         self._finished.clear()
         if made.log_w is not None:
             self._observe(made.log_w, replicates.start)
-        early: dict[str, list[Projections]] = {name: [] for name in made.blocks}
+        early: dict[str, Projections] = {}
         projected, pulling = [], []
-        for number, rows in self._pieces(replicates):
-            if number == self.half and not self._towards:
+        for second_half, found in groupby(self._pieces(replicates), lambda piece: piece.shard >= self.half):
+            if second_half and not self._towards:
                 self._project()
-            wanted = min(rows.stop - rows.start, self._to_project[number])
+            pieces = [self._wanted(piece) for piece in found]
             for name, block in made.blocks.items():
-                towards = self._towards[name] if wanted else None
-                early[name].append(self.sums[name].fold(number, block[rows], towards, wanted))
-            if wanted:
-                self._to_project[number] -= wanted
-                self._projected[number] += wanted
-                projected.append(range(rows.start, rows.start + wanted))
-                few = min(wanted, self._to_pull[number])
-                self._to_pull[number] -= few
-                pulling += [slice(rows.start, rows.start + few)] if few else []
+                early[name] = self.sums[name].fold(block, pieces, self._towards.get(name)) or early.get(name, {})
+            for piece in pieces:
+                if piece.wanted:
+                    start = piece.rows.start
+                    projected.append(range(start, start + piece.wanted))
+                    few = min(piece.wanted, self._to_pull[piece.shard])
+                    self._to_pull[piece.shard] -= few
+                    pulling += [slice(start, start + few)] if few else []
         if projected:
             self._keep(made, early, np.concatenate(projected), replicates.start)
         for rows in pulling:
             self._pull({name: block[rows] for name, block in made.blocks.items()}, replicates.start + rows.start)
+
+    def _wanted(self, piece: Piece) -> Piece:
+        """With how many of its replicates are to be projected, which are counted."""
+        wanted = min(len(piece), self._to_project[piece.shard])
+        self._to_project[piece.shard] -= wanted
+        self._projected[piece.shard] += wanted
+        return replace(piece, wanted=wanted)
 
     def _project(self) -> None:
         """From here on, replicates are projected on the directions of mean gradients."""
@@ -274,11 +281,11 @@ class Folding:
             for name, values in ({"objective": estimator.objective(log_w).mean(-1)} | means).items():
                 self._put(self._scalars[e], name, slice(start, start + len(values)), values)
 
-    def _keep(self, made: Pass, early: Mapping[str, list[Projections]], rows: Array, start: int) -> None:
+    def _keep(self, made: Pass, early: Mapping[str, Projections], rows: Array, start: int) -> None:
         """Keep the projections of some rows of a pass whose replicates begin at `start`, those made early or made now."""
         which, nothing = torch.from_numpy(rows), (torch.zeros(len(rows)), torch.zeros(len(rows)))
         projections = {
-            name: _joined(early[name]) or self.sums[name].projections(block[which], self._towards[name])
+            name: early[name] or self.sums[name].projections(block[which], self._towards[name])
             for name, block in made.blocks.items()
         }
         for e, parameters in enumerate(self.parameters):
@@ -310,25 +317,16 @@ class Folding:
             kept = into[name] = grown
         kept[at] = values.double().cpu().numpy()
 
-    def _pieces(self, replicates: range) -> Iterator[tuple[int, slice]]:
+    def _pieces(self, replicates: range) -> Iterator[Piece]:
         for shard, number in self._shards:
             start, stop = max(shard.start, replicates.start), min(shard.stop, replicates.stop)
             if start < stop:
-                yield number, slice(start - replicates.start, stop - replicates.start)
+                yield Piece(number, slice(start - replicates.start, stop - replicates.start))
 
 
 def _key(parts: Mapping[str, Part]) -> tuple[tuple[str, int | None], ...]:
     """What tells the gradient of a group from that of other groups, and of other estimators."""
     return tuple((part.block, part.columns.start) for part in parts.values())
-
-
-def _joined(parts: Sequence[Projections]) -> Projections:
-    """Of all the replicates; nothing if there are none."""
-    found = [part for part in parts if part]
-    return {
-        of: (torch.cat([part[of][0] for part in found]), torch.cat([part[of][1] for part in found]))
-        for of in (found[0] if found else ())
-    }
 
 
 def _columns(gradients: Tensor | Outer, which: slice) -> Tensor | Outer:

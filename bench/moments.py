@@ -22,7 +22,8 @@ SHARDS = 16
 FINE = 2**16  # coordinates of a gradient up to which finer shards are four times as many; beyond, twice
 TILE = 2**16  # elements of a temporary that stays in a cache near the processor
 Array = NDArray[np.float64]
-Tile = tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None]
+Parts = Tensor | Sequence[Tensor]
+Tile = tuple[Parts, Parts, Tensor | None]
 """Of some coordinates, per shard the sums of deviations and of their squares; the pilot, if there is one."""
 Made = tuple[Tensor, Tensor, list[tuple[float, ...]]]
 """Sums of deviations and of squares over all shards; by what is left out, the fields of `Sums` but n, but for their scales."""
@@ -132,7 +133,7 @@ def summary(tiles: Iterable[Tile], count: Array, shape: Sequence[int]) -> Moment
     return moments_of(of_all, np.sum(sums, axis=0) * np.array(scales), left)
 
 
-def _of_few(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | None, left: Sequence[float]) -> Made:
+def _of_few(first: Parts, second: Parts, pilot: Tensor | None, left: Sequence[float]) -> Made:
     """All together and without each shard, at once."""
     nothing, n = torch.zeros_like(first[0]), first[0].new_tensor(left).unsqueeze(1)
     means, variances = (torch.stack([nothing, *parts]).flatten(1) for parts in (first, second))
@@ -145,7 +146,7 @@ def _of_few(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | N
     return total, squares, _sums(means, variances, torch.empty_like(means))
 
 
-def _of_many(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | None, left: Sequence[float]) -> Made:
+def _of_many(first: Parts, second: Parts, pilot: Tensor | None, left: Sequence[float]) -> Made:
     """All together and without each shard, one after the other, so that what is made of them stays in a cache."""
     total, squares = total_of(first), total_of(second)
     mean, variance, ratio = total.new_empty(3, *total.shape)
@@ -159,7 +160,7 @@ def _of_many(first: Sequence[Tensor], second: Sequence[Tensor], pilot: Tensor | 
     return total, squares, rows
 
 
-def total_of(parts: Sequence[Tensor]) -> Tensor:
+def total_of(parts: Parts) -> Tensor:
     total = parts[0].clone()
     for part in parts[1:]:
         total += part

@@ -10,7 +10,7 @@ its weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,6 +134,25 @@ class Outer:
             own = (self.inputs.square().sum(-1) * self.cotangents.square().sum(-1)).flatten(1).sum(1)
             for r in (squared < CANCELLED * own).nonzero().flatten().tolist():
                 yield r, self[r : r + 1].dense()[0]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Gradients ``[r, *n, columns]`` of small parameters side by side: only those of the replicates that are asked for are made."""
+
+    parts: Sequence[Tensor | Outer]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, replicates: slice | Tensor) -> Tensor:
+        return torch.cat([columns_of(part[replicates]) for part in self.parts], 1)
+
+
+def columns_of(gradients: Tensor | Outer) -> Tensor:
+    """Gradients ``[r, *n, columns]`` as ``[r, P]``, the coordinates of each column together."""
+    dense = gradients.dense() if isinstance(gradients, Outer) else gradients
+    return dense.movedim(-1, 1).flatten(1)
 
 
 def pairs_of(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 
 from gradiometer.bench.calls import Call, known
 from gradiometer.bench.gradients import Parameters
-from gradiometer.bench.outer import Outer
+from gradiometer.bench.outer import Beside, Outer
 from gradiometer.bench.products import fast_forward
 from gradiometer.estimators.noise import rebuilt
 
@@ -42,21 +42,6 @@ class Part:
         """The gradients of all replicates, ``[r, *shape]``."""
         dense = block.columns(self.columns).dense() if isinstance(block, Outer) else block[:, self.columns]
         return dense.reshape(len(block), *self.shape)
-
-
-@dataclass(frozen=True)
-class Beside:
-    """Gradients ``[r, *n, columns]`` of small parameters side by side: only those of the replicates that are asked for are made."""
-
-    parts: Sequence[Tensor | Outer]
-
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    def __getitem__(self, replicates: slice | Tensor) -> Tensor:
-        made = [part[replicates] for part in self.parts]
-        dense = [part.dense() if isinstance(part, Outer) else part for part in made]
-        return torch.cat([part.movedim(-1, 1).flatten(1) for part in dense], 1)
 
 
 @dataclass

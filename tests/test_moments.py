@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from gradiometer.bench import accumulators, moments
-from gradiometer.bench.accumulators import Accumulator, Cancelled, Dense, Paired, Pilot, Shared, Traces, accumulator
+from gradiometer.bench.accumulators import (
+    Accumulator,
+    Cancelled,
+    Dense,
+    Paired,
+    Piece,
+    Pilot,
+    Shared,
+    Traces,
+    accumulator,
+)
 from gradiometer.bench.moments import Moments
 from gradiometer.bench.outer import Outer
 
@@ -113,10 +123,10 @@ def folded(g: Block, make: Make, cut: int = 16, parts: Parts = PARTS) -> Accumul
     """All replicates, in chunks of `cut` that are cut again where a shard ends."""
     sums = make(g[:16])
     for start in range(0, len(g), cut):
-        for number, part in enumerate(parts):
-            first, last = max(start, part.start), min(start + cut, part.stop)
-            if first < last:
-                sums.fold(number, g[first:last])
+        ends = [(max(start, part.start), min(start + cut, part.stop)) for part in parts]
+        pieces = [Piece(i, slice(first - start, last - start)) for i, (first, last) in enumerate(ends) if first < last]
+        if pieces:
+            sums.fold(g[start : start + cut], pieces)
     return sums
 
 
@@ -228,7 +238,8 @@ def test_projections_are_those_of_the_gradients(kind: str, wanted: int) -> None:
     direction, sums = normal(*multiplied_out(g).shape[1:], seed=7), make(g[:16])
     for number, part in enumerate(PARTS):
         own = g[part.start : part.stop]
-        found = sums.fold(number, own, direction, wanted) if number == 1 else sums.fold(number, own)
+        piece = Piece(number, slice(0, len(own)), wanted if number == 1 else 0)
+        found = sums.fold(own, [piece], direction if number == 1 else None)
         assert set(found) == (set(SLICES) if number == 1 and one_by_one(kind) else set())
         if number == 1 and not found:
             found = sums.projections(own[:wanted], direction)
@@ -325,7 +336,8 @@ def norms_off(g: Outer, **options: bool) -> tuple[float, float]:
     sums, each = accumulator(g[:16], 4, SLICES, **options), multiplied_out(g)
     for number, part in enumerate(QUARTERS):
         own = g[part.start : part.stop]
-        found = sums.fold(number, own, each[0].float(), 128) or sums.projections(own, each[0].float())
+        piece, towards = Piece(number, slice(0, len(own)), 128), each[0].float()
+        found = sums.fold(own, [piece], towards) or sums.projections(own, towards)
     squared, trace = sum(squared for _, squared in found.values()), sum(m.sums.variance for m in of_each(sums))
     return float((squared / each[384:].square().sum((1, 2)) - 1).abs().max()), abs(trace / float(each.var(0).sum()) - 1)
 

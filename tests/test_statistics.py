@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from gradiometer.bench import metrics
-from gradiometer.bench.accumulators import accumulator
+from gradiometer.bench.accumulators import Piece, accumulator
 from gradiometer.bench.formulas import (
     Sums,
     cosine,
@@ -37,8 +37,7 @@ def moments_of(g: Array) -> Moments:
     """Of replicates ``[R, P]``, through the accumulator, in the shards a measurement would make."""
     bounds = shards(len(g))
     folded = accumulator(torch.tensor(g[:16]), len(bounds), [(None, None)])
-    for number, shard in enumerate(bounds):
-        folded.fold(number, torch.tensor(g[shard.start : shard.stop]))
+    folded.fold(torch.tensor(g), [Piece(number, slice(shard.start, shard.stop)) for number, shard in enumerate(bounds)])
     return folded.moments()
 
 
