@@ -21,18 +21,17 @@ from gradiometer.bench.batched import together
 from gradiometer.bench.bias import TRUSTED
 from gradiometer.bench.costs import cost
 from gradiometer.bench.decomposition import decompose, minibatches_of
-from gradiometer.bench.errors import RequestError
+from gradiometer.bench.errors import RequestError, place_of
 from gradiometer.bench.machine import processor
 from gradiometer.bench.measured import row_of
 from gradiometer.bench.measurement import Engine, measure_all
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.named import digest, fresh, held_out_of, named_problem
 from gradiometer.bench.problems import Problem, reason_to_skip
-from gradiometer.bench.records import code_of, passed
+from gradiometer.bench.records import code_of, docstrings, modules_of, passed
 from gradiometer.bench.replicates import MEMORY
 from gradiometer.bench.statistics import jackknife
 from gradiometer.bench.training import Recipe, train
-from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import parse
 from gradiometer.estimators.weights import log_mean_exp
@@ -93,12 +92,8 @@ class Cell:
         if parse(self.estimator).facts.biased:  # and so compared with one of these
             words += [word for names in TRUSTED.values() for word in names]
         classes = [type(parse(word)) for word in words if word]
-        modules = dict.fromkeys(
-            base.__module__ for cls in classes for base in cls.__mro__ if issubclass(base, Estimator)
-        )
-        decided["sources"] = [_source(f"gradiometer.{name}") for name in (*FLOORS, *HARNESS)] + [
-            _source(m) for m in modules
-        ]
+        harness = [f"gradiometer.{name}" for name in (*FLOORS, *HARNESS)]
+        decided["sources"] = [_source(module) for module in (*harness, *modules_of(classes))]
         decided["metrics"] = {name: metric.version for name, metric in METRICS.items()}
         if self.lacking:
             decided["problem"] = self.lacking
@@ -143,6 +138,7 @@ class Cell:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if not isinstance(error, ValueError | RuntimeError):
                 reason = f"{type(error).__name__}: {reason}"
+            reason += place_of(error)
             return self.without_numbers("failed", reason), "failed", reason
 
     def about(self) -> dict[str, Any]:
@@ -296,8 +292,11 @@ def _over_data(values: Tensor) -> Any:
 
 @functools.cache
 def _source(module: str) -> str:
-    """A hash of a module's code, comments and layout left out."""
+    """A hash of a module's code: comments, docstrings and layout left out."""
     importlib.import_module(module)
     path = sys.modules[module].__file__
     assert path is not None
-    return hashlib.sha256(ast.dump(ast.parse(Path(path).read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    for string in list(docstrings(tree)):
+        string.value = ast.Constant("")  # type: ignore[attr-defined]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]

@@ -132,7 +132,13 @@ def run(
     if only is not None:  # what the folder has of the rest of the suite stays part of it
         known = {*keys, *store.indexed(folder)}
         keys = [cell.key for cell, _ in content.cells(kind) if cell.key in known]
+    earlier = {*store.indexed(folder)} - {*keys}
     store.write_index(folder, name, content.title, content.description, keys)
+    if earlier:
+        click.echo(
+            f"{folder} also has {len(earlier)} finished cells of other settings: kept there, and reported no more",
+            err=True,
+        )
     with Progress(len(cells)) as tell, runner.interruptible():
         try:
             outcomes = runner.run(cells, folder, jobs=jobs, devices=devices, plugins=plugins, report=tell)
@@ -362,6 +368,7 @@ def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> No
     from gradiometer.bench import breakdown, machine, store, terminal
     from gradiometer.bench.cells import attempt_together
     from gradiometer.bench.efficiency import with_products
+    from gradiometer.bench.metrics import BIAS
     from gradiometer.bench.runner import companies
 
     if out is not None:
@@ -384,6 +391,11 @@ def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> No
             keep(cell, of_cell)
     rows = [row for cell in cells for row in made[cell]]
     console = screen()
+    if {*metrics} & {*BIAS} and not {row["metric"] for row in rows} & {*BIAS}:
+        click.echo(
+            "no bias: none of these is declared biased and has a trusted estimator of its objective here; name one by --reference",
+            err=True,
+        )
     table = with_products(store.frame(rows))
     if cells[0].minibatches:
         console.print(breakdown.by_source(table))

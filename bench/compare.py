@@ -20,6 +20,13 @@ SAME_NOISE = ("seed", "replicates", "B", "digest")
 MACHINE = {"device": "device", "machine": "machine", "dtype": "precision", "threads": "number of threads"}
 TIMED = frozenset(COST) - {"evaluations", "variance_evaluations"}  # what depends on the machine
 NOISY = ("variance", "variance_seconds", "variance_evaluations", "snr", "snr_corrected", "directional_snr")
+SCALED = (
+    "variance",
+    "variance_seconds",
+    "variance_evaluations",
+    "gradient_norm",
+    "mse",
+)  # by the square of the gradient's scale
 NEEDS = {  # what a ratio of variances, with or without costs, is a ratio of
     "variance": "the replicates of {} for the same error",
     "variance_evaluations": "the evaluations of {} for the same error",
@@ -30,6 +37,8 @@ NEEDS = {  # what a ratio of variances, with or without costs, is a ratio of
 @dataclass(frozen=True)
 class Ratio:
     """An estimator's value over the baseline's; `paired` if both saw the same noise, `remarks` on what limits it.
+
+    `same_scale` unless one of the two is declared rescaled, so that a ratio of variances says nothing of replicates.
 
     `folder` and `against_folder` are named where the results are of several folders.
     """
@@ -45,6 +54,7 @@ class Ratio:
     evaluations: float
     value: Value
     paired: bool
+    same_scale: bool = True
     remarks: tuple[str, ...] = ()
     folder: str = ""
     against_folder: str = ""
@@ -61,7 +71,7 @@ class Ratio:
             said = f"has the same {label} as {against}{'' if value.low == value.high else ' (to 0.1 %)'}"
         elif value.low <= 1 <= value.high:
             said = f"cannot be told from {against}: {shown}"
-        elif self.metric in NEEDS:
+        elif self.metric in NEEDS and self.same_scale:
             said = f"needs {shown} {NEEDS[self.metric].format(against)}"
         else:
             said = f"has {shown} the {label} of {against}"
@@ -84,7 +94,7 @@ def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
         rows = rows.assign(folder="")
     along = set(rows.loc[rows["kind"] == "training", "metric"])
     rows = rows[(rows["status"] == "ok") & (rows["kind"] != "training") & whole(rows)]
-    measured = rows[rows["metric"] == metric]
+    measured = _squared_errors(rows) if metric == "mse" else rows[rows["metric"] == metric]
     if measured.empty:
         known = ", ".join(sorted(set(rows["metric"]) - {""})) or "none: every cell was skipped or failed"
         how = "measured along training alone, which is not compared" if metric in along else "not measured here"
@@ -100,6 +110,17 @@ def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
             f"no problem has both {baseline!r} and another estimator with a positive {metric}, of which a ratio could be taken"
         )
     return found
+
+
+def _squared_errors(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean squared errors, which are variances where nothing is biased."""
+    import pandas as pd
+
+    key = ["folder", "cell", "problem", "estimator", "group"]
+    known, variance = (rows[rows["metric"] == metric].set_index(key, drop=False) for metric in ("mse", "variance"))
+    unbiased = variance[~variance["biased"] & ~variance["rescaled"] & ~variance.index.isin(known.index)]
+    found = [known, unbiased.assign(metric="mse", version=METRICS["mse"].version)] if len(known) else []
+    return pd.concat(found, ignore_index=True) if found else rows[rows["metric"] == "mse"]
 
 
 def paired_ratio(a: Any, b: Any) -> Value | None:
@@ -214,15 +235,16 @@ def _ratio(row: Any, base: Any, remarks: tuple[str, ...], *, named: bool) -> Rat
         B=int(row.B),
         seed=int(row.seed),
         evaluations=float(row.evaluations),
-        value=_independent(value_of(row), value_of(base)) if found is None else found,
+        value=independent(value_of(row), value_of(base)) if found is None else found,
         paired=found is not None and row.K == base.K,
+        same_scale=not _own_scale(row, base),
         remarks=remarks,
         folder=str(row.folder) if named else "",
         against_folder=str(base.folder) if named else "",
     )
 
 
-def _independent(row: Value, base: Value) -> Value:
+def independent(row: Value, base: Value) -> Value:
     """The ratio of two values with independent errors: on the log scale, the ends of their own intervals in quadrature."""
     value = row.value / base.value
     relative = math.hypot(row.stderr / row.value, base.stderr / base.value)
@@ -243,11 +265,18 @@ def _remarks(row: Any, base: Any, rows: pd.DataFrame, some_checked: bool) -> tup
         biased = [f"{r.estimator} is biased ({_bias(r, rows)})" for r in both if r.biased]
         if biased:
             said.append(f"{', and '.join(biased)}: replicates buy precision about a wrong value")
+    if row.metric in SCALED and (own := _own_scale(row, base)):
+        said.append(f"{_names(own)} has a scale of its own: compare ratios of signal to noise instead")
     if some_checked and (unchecked := [r for r in both if not r.checked]):
         said.append(
             f"{_names(unchecked)} has not passed a check" if len(unchecked) == 1 else "neither has passed a check"
         )
     return tuple(said)
+
+
+def _own_scale(*rows: Any) -> list[Any]:
+    """Those whose gradient is declared to have a positive factor of its own."""
+    return [row for row in rows if row.rescaled]
 
 
 def _bias(row: Any, rows: pd.DataFrame) -> str:

@@ -31,7 +31,7 @@ def against_particles(found: pd.DataFrame, problem: str, look: Mapping[str, Look
         of_group = found[(found["group"] == group) & (found["value"] > 0)]
         axes.set(xscale="log", yscale="log", xlabel="particles K")
         for series, line in of_group.groupby("series", sort=True):
-            drawn[f"{series}{signs[str(series)]}"] = _line(axes, line, look[line["name"].iloc[0]])
+            drawn[f"{series}{signs[str(series)]}"] = _line(axes, line, look[str(series)])
         particles = sorted(set(of_group["K"]))
         axes.set_xlim(particles[0] / 1.35, particles[-1] * 1.35)
         axes.set_xticks(particles, [f"{K:g}" for K in particles])
@@ -62,12 +62,16 @@ def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mappin
     timed = found["seconds"].notna().any()
     figure, row = canvas.panels([""] * (2 if timed else 1), 5.2 + (2.4 if timed else 0), 3.0, sharey=True)
     final = found.sort_values("step").groupby("label").tail(1).set_index("label")["value"].sort_values(ascending=False)
-    series = dict.fromkeys(found["name"])
-    several = {name: list(dict.fromkeys(found.loc[found["name"] == name, "label"])) for name in series}
-    drawn, signs = {}, selection.marks(found.assign(biased=False, tails=""))  # a run shows what its bias leads to
+    several = {
+        series: list(dict.fromkeys(found.loc[found["series"] == series, "label"])) for series in set(found["series"])
+    }
+    drawn, signs = (
+        {},
+        selection.marks(found.assign(biased=False, rescaled=False, tails="")),
+    )  # a run shows what its bias leads to
     for label in final.index:
         line = found[found["label"] == label].sort_values("step")
-        name = line["name"].iloc[0]
+        name = line["series"].iloc[0]
         dashes = ("-", "--", ":", "-.")[several[name].index(label) % 4] if len(several[name]) > 1 else look[name].line
         for axes, x in zip(row, ("step", "seconds"), strict=False):
             kept = line[line[x].notna()]
@@ -136,10 +140,11 @@ def cost_plane(found: pd.DataFrame, unknown: pd.DataFrame, problem: str, budget:
         f"the same, so a fixed {spent} buys the same error; each line is worth ten of the next. Black rims mark the Pareto front, "
         "which no other estimator here surely dominates; the dashed steps are the front of the values alone. Bars: 95 % intervals."
     )
-    if len(unknown):
-        of_labels = unknown.drop_duplicates(["label", "group"]).groupby("label", sort=False)["group"]
+    reasons = {False: "biased by an amount that was not measured", True: "on a scale of its own"}
+    for rescaled, rows in unknown.groupby("rescaled"):
+        of_labels = rows.drop_duplicates(["label", "group"]).groupby("label", sort=False)["group"]
         said = [f"{label} ({selection.group_words(', '.join(groups))})" for label, groups in of_labels]
-        caption += f" Left out, since biased by an amount that was not measured: {'; '.join(said)}."
+        caption += f" Left out, since {reasons[bool(rescaled)]}: {'; '.join(said)}."
     return Plot(
         f"{'cost' if budget == 'seconds' else budget}-{problem}",
         title,
@@ -153,7 +158,7 @@ def _points(axes: Any, points: pd.DataFrame, look: Mapping[str, Look]) -> None:
     rim: Mapping[str, Any] = {"markeredgecolor": "black", "markersize": 7}
     none: Mapping[str, Any] = {"markeredgecolor": "white", "markersize": 6.5, "markeredgewidth": 0.6}
     for mark in selection.records(points):
-        own = look[mark.name]
+        own = look[mark.series]
         intervals = ((mark.cost_low, mark.cost_high), (mark.low, mark.high))
         canvas.point(
             axes, (mark.cost, mark.value), intervals, own.colour, marker=own.marker, **(rim if mark.front else none)

@@ -29,7 +29,7 @@ from gradiometer.bench.products import full_precision
 from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, Subject, draws
 from gradiometer.bench.statistics import Value
 from gradiometer.bench.tape import NotRows, Part, Pass
-from gradiometer.bench.training import settled
+from gradiometer.bench.training import evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator
 
 FIRST = 8  # replicates that an accumulator is chosen by
@@ -43,7 +43,7 @@ class Decomposition:
         minibatches, replicates: how many there were, and of each minibatch.
         traces: by parameter, as `OneWay` leaves them.
         groups: the parameters of each group.
-        evaluations: of the joint, per data point and gradient.
+        evaluations: of the joint, per data point and gradient, with those that control variates learn by.
         engine, chunk, note: how it was computed, and what went otherwise than planned.
     """
 
@@ -184,6 +184,7 @@ class _Asked:
                 for name, analysis in of.items():
                     analysis.add(number, *made.moments(position, name, sizes[position][name]))
         gradients = self.minibatches * self.replicates * len(like)
+        of_estimate = (counted.evaluations - before) / gradients
         return [
             Decomposition(
                 self.problem,
@@ -193,7 +194,7 @@ class _Asked:
                 self.seed,
                 {name: analysis.traces() for name, analysis in of.items()},
                 {group: tuple(members) for group, members in subject.parameters.items()},
-                (counted.evaluations - before) / gradients,
+                of_estimate + evaluations_of_learning(subject.estimator, subject.model, subject.x, subject.state),
                 plan.engine,
                 plan.chunk,
                 plan.note,

@@ -44,9 +44,10 @@ def whole(rows: pd.DataFrame) -> pd.Series:
 
 def _product(row: dict[str, Any], cost: dict[str, float], name: str) -> dict[str, Any]:
     """Relative errors add in quadrature: the two are measured independently."""
-    metric, value = METRICS[name], row["value"] * cost["value"]
-    relative = math.hypot(row["stderr"] / row["value"], cost["stderr"] / cost["value"]) if value > 0 else math.nan
-    factor = math.exp(normal() * relative) if math.isfinite(relative) else math.nan
+    metric, price = METRICS[name], cost["value"]
+    found = Value(*(row[of] * price for of in ("value", "stderr", "low", "high")))
+    if found.value > 0:
+        found = widened(found, cost["stderr"] / price)
     scaled = row["jackknife"] if isinstance(row["jackknife"], list) else []
     return row | {
         "kind": "cost",
@@ -54,11 +55,11 @@ def _product(row: dict[str, Any], cost: dict[str, float], name: str) -> dict[str
         "reduction": metric.reduction,
         "unit": metric.unit,
         "version": metric.version,
-        "value": value,
-        "stderr": value * relative,
-        "low": value / factor,
-        "high": value * factor,
-        "jackknife": [j * cost["value"] for j in scaled] or None,
+        "value": found.value,
+        "stderr": found.stderr,
+        "low": found.low,
+        "high": found.high,
+        "jackknife": [j * price for j in scaled] or None,
     }
 
 
@@ -130,6 +131,10 @@ def widened(value: Value, *slacks: float) -> Value:
     """A positive value with further, independent relative errors in quadrature."""
     if not any(slacks):
         return value
-    half = math.hypot(math.log(value.high / value.value), *(normal() * slack for slack in slacks))
+    further = [normal() * slack for slack in slacks]
+    down, up = (
+        math.hypot(math.log(value.value / value.low), *further),
+        math.hypot(math.log(value.high / value.value), *further),
+    )
     stderr = value.value * math.hypot(value.stderr / value.value, *slacks)
-    return Value(value.value, stderr, value.value * math.exp(-half), value.value * math.exp(half))
+    return Value(value.value, stderr, value.value * math.exp(-down), value.value * math.exp(up))

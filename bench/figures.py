@@ -22,7 +22,20 @@ __all__ = [
     "shares",
 ]
 
-_WHO = ["problem", "model", "label", "series", "name", "family", "K", "checked", "unchecked", "biased", "tails"]
+_WHO = [
+    "problem",
+    "model",
+    "label",
+    "series",
+    "name",
+    "family",
+    "K",
+    "checked",
+    "unchecked",
+    "biased",
+    "rescaled",
+    "tails",
+]
 _INTERVAL = ["value", "low", "high"]
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from gradiometer.bench import figures, selection
-from gradiometer.bench.compare import paired_ratio, value_of
+from gradiometer.bench.compare import independent, paired_ratio, value_of
 from gradiometer.bench.efficiency import Work, times, work
 from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.statistics import Value, exact, normal, student
+from gradiometer.bench.statistics import SHARDS, Value, exact, student
 from gradiometer.bench.tables import NONE_CHECKED
 from gradiometer.bench.uncertain import format_interval, format_uncertain
 
@@ -114,18 +114,17 @@ def _flips(errors: pd.DataFrame) -> Iterator[str]:
 
 def _cheapest(measured: pd.DataFrame) -> Iterator[str]:
     """Per problem and group, the lowest variance x time of what is unbiased, where its interval lies below every other."""
-    measured = measured[(measured["metric"] == "variance_seconds") & ~measured["biased"]]
+    measured = measured[(measured["metric"] == "variance_seconds") & ~measured["biased"] & ~measured["rescaled"]]
     for problem, group, points in _cells(measured[measured["value"] >= 0]):
         ranked = list(selection.records(points.sort_values(["value", "label"])))
         if len(ranked) < 2 or ranked[0].value == 0 or not ranked[0].high < min(other.low for other in ranked[1:]):
             continue
         best, second = ranked[0], ranked[1]
         names = [_name(row) for row in (best, second)]
-        value = second.value / best.value
-        factor = math.exp(normal() * math.hypot(best.stderr / best.value, second.stderr / second.value))
+        times_as_long = paired_ratio(second, best) or independent(value_of(second), value_of(best))
         yield (
             f"{problem}, {selection.group_words(group)}: {names[0]} makes the most of a second on this machine. {names[1]}, next, "
-            f"needs {format_interval(value, value / factor, value * factor)} times as long for the same error."
+            f"needs {_interval(times_as_long)} times as long for the same error."
         )
 
 
@@ -206,7 +205,7 @@ def _trained(rows: pd.DataFrame) -> Iterator[str]:
         half = student(max(len(gaps) - 1, 1)) * stderr
         first, second = (str(label) for label in means.index[:2])
         of = {row.label: row for row in selection.records(lines)}
-        names = [_name(of[label]._replace(biased=False, tails="")) for label in (first, second)]
+        names = [_name(of[label]._replace(biased=False, rescaled=False, tails="")) for label in (first, second)]
         best = format_uncertain(float(means.iloc[0]), float(table[first].std()) / math.sqrt(len(table)))
         verdict = "ahead of" if gaps.mean() > half else "not separated from"
         yield (
@@ -226,7 +225,7 @@ def _cells(points: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 def _slope(line: pd.DataFrame) -> str:
     """The slope of log value against log K, weighted by the values' errors; its own error allows for curvature."""
     x, y = np.log(line["K"].to_numpy()), np.log(line["value"].to_numpy())
-    error = np.maximum((np.log(line["high"]) - np.log(line["low"])).to_numpy() / 4, 1e-9)
+    error = np.maximum((np.log(line["high"]) - np.log(line["low"])).to_numpy() / (2 * student(SHARDS - 1)), 1e-9)
     weight = 1 / error**2
     middle = (weight * x).sum() / weight.sum()
     spread = (weight * (x - middle) ** 2).sum()
@@ -246,8 +245,7 @@ def _name(row: Any) -> str:
 
 
 def _doubts(row: Any) -> str:
-    """That an estimator has not been checked where others have, that it is biased, that its tails are heavy."""
-    said = (
-        ["unchecked"] * bool(row.unchecked) + ["biased"] * bool(row.biased) + ["heavy tails"] * (row.tails == "heavy")
-    )
+    """That an estimator has not been checked where others have, that it is biased or rescaled, that its tails are heavy."""
+    said = [word for word in ("unchecked", "biased", "rescaled") if getattr(row, word)]
+    said += ["heavy tails"] * (row.tails == "heavy")
     return f" ({', '.join(said)})" if said else ""

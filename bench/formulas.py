@@ -77,7 +77,7 @@ def snr(g: Sums) -> float:
     """Signal-to-noise ratio, ``mean over coordinates of |mean| / sqrt(var)``; coordinates without noise are left out.
 
     A gradient of mean zero still shows ``sqrt(2 / (pi n))``, its floor (Rainforth et al. 2018, with the floor told). Few replicates
-    make it too large; its error has that in it.
+    make it too large; its interval is widened by the jackknife's estimate of that.
     """
     return g.signal / g.noisy if g.noisy else math.nan
 
@@ -90,8 +90,8 @@ def snr_floor(g: Sums) -> float:
 def snr_corrected(g: Sums) -> float:
     """Root mean square over coordinates of the signal-to-noise ratio with its floor taken out.
 
-    ``sqrt(max(0, c mean over coordinates of mean^2 / var - 1 / n))``, ``c = (n - 3) / (n - 1)``: the square is unbiased
-    before it is cut at zero.
+    ``sqrt(max(0, c mean over coordinates of mean^2 / var - 1 / n))``, ``c = (n - 3) / (n - 1)``: of normal gradients
+    the square is unbiased before it is cut at zero; skewness leaves it a bias of order ``1 / n``.
     """
     return squared_ratio(g).root
 

@@ -94,15 +94,40 @@ def one(
     """One draw of the gradient of the batch-mean objective, ``{name: [*shape]}``, from ``x [B, ...]``."""
     total: dict[str, Tensor] = {}
     log_w = None
+    named: set[str] = set()
     for surrogate in surrogates(estimator, model, x, rng, state):
+        _must_make_sense(estimator, model, x, state, surrogate.terms)
+        named |= surrogate.terms.keys()
         _add_gradients(total, surrogate.terms, parameters)
         log_w = surrogate.log_w if surrogate.log_w is not None else log_w
         if observe is not None:
             observe(surrogate.observe)
+    if lacking := [group for group in model.groups if group in parameters and group not in named]:
+        have = " and ".join(sorted(named))
+        raise ValueError(
+            f"{estimator} has no term for the group {lacking[0]!r}, only for {have}: put its parameters in one"
+        )
     for members in parameters.values():
         for name, parameter in members.items():
             total.setdefault(name, torch.zeros_like(parameter))
     return Draw(total, log_w)
+
+
+def _must_make_sense(estimator: Estimator, model: Any, x: Tensor, state: State, terms: Mapping[str, Tensor]) -> None:
+    """Terms of a group that nothing has would be lost without a word, and of other shapes weighted wrongly.
+
+    Raises:
+        ValueError: a sentence.
+    """
+    groups = [*model.groups, *state.learned]
+    for group, term in terms.items():
+        if group not in groups:
+            raise ValueError(f"{estimator} has a term for the group {group!r}; the model has {', '.join(groups)}")
+        if term.shape != x.shape[:1]:
+            raise ValueError(
+                f"the term of {estimator} for the group {group!r} has shape {tuple(term.shape)}, not {tuple(x.shape[:1])}: "
+                "a number per data point"
+            )
 
 
 def _add_gradients(total: dict[str, Tensor], terms: Mapping[str, Tensor], parameters: Parameters) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Measurement:
         groups: the parameters of each group.
         projections: per group and shard of the second half, ``g.u`` and ``|g|^2`` of each replicate.
         samples: per quantity and shard, its value in each replicate.
-        evaluations: of the joint, per data point and gradient.
+        evaluations: of the joint, per data point and gradient, with those that control variates learn by.
         units: active units and how many there are, or None where the problem holds no data for them.
         engine, chunk: how it was computed.
         note: what went otherwise than planned.
@@ -93,7 +94,8 @@ class Measurement:
         without = [_stacked(parts[:i] + parts[i + 1 :]) for i in range(len(parts))]
         found["directional_snr"] = self._directional(group)
         found["cosine"] = estimate(metrics.PROJECTION["cosine"], (along, squared), without)
-        return found | {"pareto_k": tails.pareto_k(tails.distances(along, squared))}
+        shape = Value(math.nan) if self.directed else tails.pareto_k(tails.distances(along, squared))
+        return found | {"pareto_k": shape}
 
     def _directional(self, group: str) -> Value:
         """The directional signal-to-noise ratio, with the error of the mean as well where the direction is its own."""
@@ -109,8 +111,11 @@ class Measurement:
         return found if formulas.has_direction(whole[0], mean) else Value(found.value, jackknife=found.jackknife)
 
     def tails(self, group: str) -> Tails:
-        """Whether the group's gradient has tails too heavy for the intervals of what is made of its variance."""
-        return tails.verdict(tails.distances(*_stacked(self.projections[group])))
+        """Whether the group's gradient has tails too heavy for the intervals of what is made of its variance.
+
+        Not told where the direction is another estimator's: distances to the mean are made from projections on it.
+        """
+        return "" if self.directed else tails.verdict(tails.distances(*_stacked(self.projections[group])))
 
     def _of(self, parameters: Sequence[str]) -> dict[str, Value]:
         members = [self.moments[name] for name in parameters]
@@ -187,7 +192,9 @@ def columns_of(made: Any) -> dict[str, Any]:
 def columns_of_group(estimator: Estimator, group: str) -> dict[str, Any]:
     """The columns that all rows of a group share."""
     ascends = estimator.facts.objective_of(group)
-    return {"group": group, "space": "group", "ascends": ascends, "biased": group in estimator.facts.biased}
+    facts = estimator.facts
+    claims = {"biased": group in facts.biased, "rescaled": group in facts.rescaled}
+    return {"group": group, "space": "group", "ascends": ascends} | claims
 
 
 def row_of(name: str, value: Value) -> dict[str, Any]:

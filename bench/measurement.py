@@ -20,7 +20,7 @@ from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.products import full_precision
 from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, Subject, active_units, draws, looped, plans
 from gradiometer.bench.tape import NotRows
-from gradiometer.bench.training import settled
+from gradiometer.bench.training import evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK
 from gradiometer.estimators.registry import nearest
@@ -282,6 +282,8 @@ class _Asked:
                 if (met := need <= folding.replicates) or spent:
                     del looks[position]
                     each = (counted.evaluations - before) / (folding.replicates * len(self.problem.x))
+                    subject = plan.subjects[position]
+                    each += evaluations_of_learning(subject.estimator, subject.model, subject.x, subject.state)
                     found[position] = self._measurement(plan, folding, position, each, met)
             if looks:
                 self._go_on(plan, folding, min(looks.values()))

@@ -146,7 +146,7 @@ _VALUES = (
         "nats",
         "higher",
         "mean over replicates",
-        "Evidence lower bound, ``E log w``, on the measured minibatch.",
+        "Evidence lower bound, ``E log w``, on the measured minibatch; of nvi the mean logarithm of its last weights.",
     ),
     Metric(
         "iwelbo",
@@ -154,7 +154,7 @@ _VALUES = (
         "nats",
         "higher",
         "mean over replicates",
-        "``E log mean_k w_k`` with the estimator's own K, on the measured minibatch.",
+        "``E log mean_k w_k`` with the estimator's own K, on the measured minibatch; of nvi with its last weights.",
     ),
     Metric(
         "ess",
@@ -180,7 +180,8 @@ _COSTS = (
         "per datum and gradient",
         "lower",
         "exact",
-        "Evaluations of the joint density per data point and gradient, counted.",
+        "Evaluations of the joint density per data point and gradient, counted, with those that control variates learn by.",
+        version=2,
     ),
     Metric(
         "seconds_per_gradient",
@@ -188,8 +189,9 @@ _COSTS = (
         "s",
         "lower",
         "median",
-        "Wall-clock time of one gradient as a training step takes it: surrogate, backward, no optimiser.",
+        "Wall-clock time of one gradient as a training step takes it, with what control variates learn by, without an optimiser.",
         "log",
+        version=2,
     ),
     Metric(
         "peak_memory",
@@ -198,6 +200,7 @@ _COSTS = (
         "lower",
         "exact",
         "Most memory held at once by tensors that one gradient allocates, model and data excluded.",
+        version=2,
     ),
     Metric(
         "gradients_per_second",
@@ -207,6 +210,7 @@ _COSTS = (
         "median",
         "The inverse of seconds_per_gradient.",
         "log",
+        version=2,
     ),
     Metric(
         "particles_per_second",
@@ -216,6 +220,7 @@ _COSTS = (
         "median",
         "Evaluations of the joint per second of gradient computation.",
         "log",
+        version=2,
     ),
     Metric(
         "flops_per_second",
@@ -225,6 +230,7 @@ _COSTS = (
         "median",
         "Floating-point operations of matrix products per second; against the machine's peak, its utilisation.",
         "log",
+        version=2,
     ),
     Metric(
         "variance_seconds",
@@ -234,6 +240,7 @@ _COSTS = (
         "product",
         "Variance times seconds per gradient: what a fixed time budget buys; halving it halves the time to a given error.",
         "log",
+        version=2,
     ),
     Metric(
         "variance_evaluations",
@@ -243,6 +250,7 @@ _COSTS = (
         "product",
         "Variance times evaluations of the joint per datum: cost without the machine.",
         "log",
+        version=2,
     ),
 )
 _TRAINING = (

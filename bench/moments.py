@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradiometer.bench.formulas import Sums
+from gradiometer.bench.statistics import SHARDS
 from gradiometer.estimators.noise import BLOCK
 
-SHARDS = 16
 FINE = 2**16  # coordinates of a gradient up to which finer shards are four times as many; beyond, twice
 TILE = 2**16  # elements of a temporary that stays in a cache near the processor
 Array = NDArray[np.float64]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradiometer.bench.moments import SHARDS, Array, shards
-from gradiometer.bench.statistics import Value, jackknife
+from gradiometer.bench.moments import Array, shards
+from gradiometer.bench.statistics import SHARDS, Value, jackknife
 
 
 class OneWay:

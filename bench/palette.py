@@ -24,22 +24,23 @@ class Look:
 
 
 def looks(tidied: pd.DataFrame) -> Mapping[str, Look]:
-    """The look of every estimator by `name`, whatever its K and parameters.
+    """The look of every estimator by `series`, whatever its K.
 
-    Up to eight names get a colour each. More share the colour of their family, in shades, and differ by marker.
+    Up to eight series get a colour each. More share the colour of their family, in shades, and differ by marker.
 
     Args:
-        tidied: rows with `name` and `family`, as `selection.tidy` returns them.
+        tidied: rows with `series` and `family`, as `selection.tidy` returns them.
     """
-    pairs = tidied.loc[tidied["name"] != "", ["family", "name"]].drop_duplicates("name").sort_values(["family", "name"])
+    pairs = tidied.loc[tidied["series"] != "", ["family", "series"]].drop_duplicates("series")
+    pairs = pairs.sort_values(["family", "series"])
     if len(pairs) <= len(_COLOURS):
-        return {name: Look(_COLOURS[i], _MARKERS[i]) for i, name in enumerate(pairs["name"])}
+        return {series: Look(_COLOURS[i], _MARKERS[i]) for i, series in enumerate(pairs["series"])}
     families = {family: _COLOURS[i % len(_COLOURS)] for i, family in enumerate(dict.fromkeys(pairs["family"]))}
     found: dict[str, Look] = {}
     for family, members in pairs.groupby("family"):
-        for i, name in enumerate(members["name"]):
+        for i, series in enumerate(members["series"]):
             shade = _shade(families[family], i, len(members))
-            found[name] = Look(shade, _MARKERS[len(found) % len(_MARKERS)], _LINES[i % len(_LINES)], families[family])
+            found[series] = Look(shade, _MARKERS[len(found) % len(_MARKERS)], _LINES[i % len(_LINES)], families[family])
     return found
 
 

@@ -57,10 +57,10 @@ def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str,
         axes.set_xscale("log")
         for mark in selection.records(of_group):
             at = (mark.value, order[mark.label] + dodges[mark.snapshot])
-            colour = look[mark.name].colour
+            colour = look[mark.series].colour
             fill = canvas.blended(colour, _FILLED.get(mark.snapshot, 1.0))
             canvas.point(
-                axes, at, ((mark.low, mark.high), None), colour, marker=look[mark.name].marker, markerfacecolor=fill
+                axes, at, ((mark.low, mark.high), None), colour, marker=look[mark.series].marker, markerfacecolor=fill
             )
         for band in range(0, len(order), 2):
             axes.axhspan(band - 0.5, band + 0.5, color="0.96", linewidth=0, zorder=0)
@@ -97,8 +97,11 @@ def _against_particles(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator
 
 
 def _cost_planes(rows: pd.DataFrame, look: Mapping[str, Look]) -> Iterator[Plot]:
-    unknown = selection.of_unknown_error(selection.measured(selection.tidy(rows)))
+    measured = selection.measured(selection.tidy(rows))
+    every, key = selection.of_unknown_error(measured), ["problem", "label"]
+    timed = measured.loc[measured["metric"] == "seconds_per_gradient", key]
     for budget in BUDGETS:
+        unknown = every.merge(timed, on=key) if budget == "seconds" else every
         found = figures.cost_plane(rows, budget)
         for problem in selection.problem_order(found["problem"]):
             of_problem = found[found["problem"] == problem]
@@ -131,9 +134,9 @@ def _legend(figure: Any, snapshots: list[str], found: pd.DataFrame, look: Mappin
         fill = canvas.blended("0.25", _FILLED.get(name, 1.0))
         first.append((f"@{name}", Line2D([], [], color="0.25", markerfacecolor=fill, **mark)))
     families = found.drop_duplicates("family").sort_values("family")
-    for family, name in families[["family", "name"]].to_numpy():
-        if look[name].family and len(families) > 1:
-            others.append((family, Line2D([], [], color=look[name].family, **mark)))
+    for family, series in families[["family", "series"]].to_numpy():
+        if look[series].family and len(families) > 1:
+            others.append((family, Line2D([], [], color=look[series].family, **mark)))
     nothing = ("", Line2D([], [], linestyle="none"))
     lines = [line for line in (first, others[:4], others[4:]) if line]
     columns = max(map(len, lines), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ class Problem:
     """A model at fixed parameters and one minibatch, on which estimators are measured.
 
     Args:
-        model: any `LatentVariableModel`; its parameters are not changed.
+        model: any `LatentVariableModel`, of which the problem keeps a copy in evaluation mode.
         x: the minibatch ``[B, ...]``, already binarised.
         N: size of the data set it stands for, for guides over global parameters.
         name: as typed, ``digits-vae@late``.
@@ -38,7 +39,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module):
-            self.model.eval()
+            object.__setattr__(self, "model", copy.deepcopy(self.model).eval())
 
     def lacks(self, estimator: Estimator) -> list[str]:
         """The capabilities that `estimator` needs and this problem does not offer."""
@@ -50,6 +51,7 @@ ADVICE = {
     "rsample": "needs a reparameterisable guide; try rloo or vimco",
     "kl": "needs a divergence from prior to guide in closed form; try sgvb-a or stl",
     "likelihood": "needs a model with a separate likelihood; try sgvb-a or rloo",
+    "prior": "needs a prior as a distribution; try sgvb-a or stl",
     "gaussian": "needs a guide of independent Gaussians; try iwae or vimco",
     "bernoulli": "needs one layer of independent Bernoulli latents; try rloo or vimco",
     "discrete": "needs one layer of independent Bernoulli or one-hot latents; try sgvb-a or rloo",

@@ -5,13 +5,19 @@ To read what is known needs no torch, so that a report knows of checks made afte
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
 import importlib
+import io
 import json
 import sys
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gradiometer.bench.data.files import cache_folder
@@ -35,17 +41,46 @@ def series_of(word: str) -> str:
 
 
 def code_of(estimator: Estimator) -> str:
-    """A hash of the estimator's module, of those it inherits from and of the floors below; comments and blank lines left out.
+    """A hash of the estimator's module, of those it inherits from and of the floors below, of their `code_alone`.
 
     Of the text, and not of the syntax tree as a cell's key has it: a tree's dump differs between versions of Python, and what is
     shipped as passed is for all of them.
     """
+    floors = [f"gradiometer.estimators.{name}" for name in FLOORS]
+    parts = [_source(module) for module in dict.fromkeys([*modules_of([type(estimator)]), *floors])]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+
+
+def modules_of(classes: Iterable[type]) -> list[str]:
+    """The modules of estimators and of those they inherit from, and of a person's own those that these import.
+
+    Installed packages are told by their versions, not by their code.
+    """
     from gradiometer.estimators.base import Estimator
 
-    modules = [base.__module__ for base in type(estimator).__mro__ if issubclass(base, Estimator)]
-    floors = [f"gradiometer.estimators.{name}" for name in FLOORS]
-    parts = [_source(module) for module in dict.fromkeys([*modules, *floors])]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
+    found = dict.fromkeys(base.__module__ for cls in classes for base in cls.__mro__ if issubclass(base, Estimator))
+    waiting = list(found)
+    while waiting:
+        of = sys.modules.get(waiting.pop())
+        if of is None or of.__name__.startswith("gradiometer."):
+            continue
+        names = {
+            v.__name__ if isinstance(v, ModuleType) else str(getattr(v, "__module__", "")) for v in vars(of).values()
+        }
+        fresh = sorted(name for name in names if name not in found and _is_own(name))
+        found |= dict.fromkeys(fresh)
+        waiting += fresh
+    return list(found)
+
+
+def _is_own(module: str) -> bool:
+    """Whether a module is a person's own code: a Python file outside of Python, of installed packages and of this one."""
+    path = getattr(sys.modules.get(module), "__file__", None)
+    if not path or not path.endswith(".py") or module.startswith("gradiometer.") or module == "__main__":
+        return False
+    paths = sysconfig.get_paths()
+    elsewhere = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return not any(Path(path).is_relative_to(folder) for folder in elsewhere)
 
 
 def passed(word: str, code: str) -> bool:
@@ -79,5 +114,28 @@ def _source(module: str) -> str:
     importlib.import_module(module)
     path = sys.modules[module].__file__
     assert path is not None
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return "\n".join(line.rstrip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    return code_alone(Path(path).read_text(encoding="utf-8"))
+
+
+def code_alone(source: str) -> str:
+    """Python source without comments, docstrings and blank lines.
+
+    >>> code_alone('def f() -> int:  # why' + chr(10) + '    "What it gives."' + chr(10) + '    return 1')
+    'def f() -> int:\\n    return 1'
+    """
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for string in docstrings(ast.parse(source)):
+        assert string.end_lineno is not None
+        lines[string.lineno - 1 : string.end_lineno] = [""] * (string.end_lineno - string.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def docstrings(tree: ast.AST) -> Iterator[ast.stmt]:
+    """The statements of a syntax tree that are docstrings."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            yield node.body[0]

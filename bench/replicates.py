@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gradiometer.bench.accumulators import SHARED_FEW
 from gradiometer.bench.batched import Batch, dense, together
-from gradiometer.bench.gradients import Parameters, coordinates, estimated, one, trainable
+from gradiometer.bench.gradients import Parameters, coordinates, estimated, one, surrogates, trainable
 from gradiometer.bench.moments import number_of
 from gradiometer.bench.outer import Outer
 from gradiometer.bench.tape import NotRows, Part, Pass
@@ -26,6 +29,7 @@ Engine = Literal["auto", "rows", "ghost", "loop"]
 CHUNK = {"cpu": 36 * 2**20}
 GPU_CHUNK = 2**30  # enough to fill a graphics processor
 MOST = 4096  # replicates in a batch, however small
+TAKING = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist, Tensor.numpy}
 MEMORY = 2 * 2**30  # bytes a measurement may take beside the model and the data, if nothing else is asked
 
 
@@ -209,25 +213,74 @@ def _agreed(group: Sequence[Subject], engine: Engine, seed: int, limits: Limits)
         except NotRows as error:
             if len(candidates) > 1:  # each may still be batched by itself
                 return apart + [plan for s in candidates for plan in _agreed([s], engine, seed, limits)]
+            _one(candidates[0], Rng(seed, 1, "measure", candidates[0].x.device))  # raises, if it is wrong by itself
             return [*apart, alone(candidates[0], str(error))]
         for position, subject in enumerate(candidates):
-            if (difference := _difference(made, position, subject, seed)) is None:
+            if (objection := _objection(batch, made, position, candidates, seed)) is None:
                 rows.append(subject)
             else:
-                apart.append(alone(subject, difference))
+                apart.append(alone(subject, objection))
     if rows and len(rows) < len(candidates):
         batch, made = _probed(rows, seed)
     return (_batched(rows, batch, made, chosen, limits) if rows else []) + apart
 
 
-def _difference(made: Pass, position: int, subject: Subject, seed: int) -> str | None:
+def _objection(batch: Batch, made: Pass, position: int, subjects: Sequence[Subject], seed: int) -> str | None:
+    """Why an estimator's replicates cannot be rows: by what is seen while one is made, and by the slow twin's gradient of it."""
+    return _seen(batch, subjects[position], seed) or _difference(made, position, subjects, seed)
+
+
+def _seen(batch: Batch, subject: Subject, seed: int) -> str | None:
+    """What a comparison of gradients may miss, since it is rare, or small in one gradient and not in the mean of many."""
+    before = torch.random.get_rng_state()
+    with batch.network.aside() as parameters, Values([*subject.model.parameters(), *subject.model.buffers()]) as values:
+        made = list(
+            surrogates(
+                subject.estimator, subject.model, subject.x, Rng(seed, 1, "measure", subject.x.device), subject.state
+            )
+        )
+    if not torch.equal(before, torch.random.get_rng_state()):
+        torch.random.set_rng_state(before)
+        return "it draws noise of its own, from torch's global generator, so that the same seed does not give the same numbers"
+    if values.taken:
+        return (
+            f"it takes the value of a tensor in Python ({values.taken}), and so may go another way in every replicate"
+        )
+    terms = [term.sum() for surrogate in made for term in surrogate.terms.values() if term.requires_grad]
+    if not (terms and parameters):
+        return None
+    slopes: Sequence[Any] = torch.autograd.grad(terms, list(parameters.values()), allow_unused=True)
+    used = [name for name, slope in zip(parameters, slopes, strict=True) if slope is not None]
+    return f"parameter {used[0]!r} is used outside of its layer's calls" if used else None
+
+
+class Values(TorchFunctionMode):
+    """While open, sees where a tensor's value is taken into Python, but that of a parameter or a buffer.
+
+    Torch's own code may look (to validate arguments, say), and ours.
+    """
+
+    def __init__(self, constants: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.constants, self.taken = {id(constant) for constant in constants}, ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in TAKING and id(args[0]) not in self.constants:
+            by = sys._getframe(1)
+            if not str(by.f_globals.get("__name__")).startswith(("torch.", "gradiometer.")):
+                self.taken = self.taken or f"{Path(by.f_code.co_filename).name}, line {by.f_lineno}"
+        return func(*args, **(kwargs or {}))
+
+
+def _difference(made: Pass, position: int, subjects: Sequence[Subject], seed: int) -> str | None:
     """What tells the second replicate of a pass from the slow twin's, or None."""
-    if (found := _apart(made, position, subject, seed)) is None or subject.x.dtype == torch.float64:
+    found = _apart(made, position, subjects[position], seed)
+    if found is None or subjects[position].x.dtype == torch.float64:
         return found
     try:  # rounding is told from a mistake in double precision
-        precise = subject.double()
-        batch = _batch([precise], by_columns=together([subject.estimator]))
-        return _apart(batch.draw(_probe(precise, seed)), 0, precise, seed)
+        precise = [subject.double() for subject in subjects]
+        batch = _batch(precise, by_columns=together([subject.estimator for subject in subjects]))
+        return _apart(batch.draw(_probe(precise[0], seed)), position, precise[position], seed)
     except (NotRows, RuntimeError):  # a model that is of single precision by its code
         return found
 

@@ -45,7 +45,7 @@ _TEXT = (
 )
 _NUMBERS = ("step", "seconds", "K", "B", "evaluations", "value", "stderr", "low", "high", "replicates", "minibatches")
 _DEFAULTS: dict[str, Any] = dict.fromkeys(_TEXT, "") | dict.fromkeys(_NUMBERS, math.nan)
-_DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "biased": False}
+_DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "biased": False, "rescaled": False}
 _DEFAULTS |= {"jackknife": None, "precision_met": None}
 _SETTINGS = {"B": "B", "device": "device", "dtype": "dtype", "digest": "parameters"}  # and how labels call them
 _SNAPSHOTS = ("init", "early", "late")
@@ -77,7 +77,7 @@ def tidy(rows: pd.DataFrame) -> pd.DataFrame:
     counted = found.groupby("estimator")["evaluations"].transform("first")  # an estimator's own, whatever is measured
     found["evaluations"] = found["evaluations"].fillna(counted)
     found["seed"] = pd.to_numeric(found["seed"], errors="coerce").fillna(0).astype(int)
-    for name in ("checked", "biased"):
+    for name in ("checked", "biased", "rescaled"):
         found[name] = found[name].map(lambda said: said is True or str(said) == "True").astype(bool)
     found["unchecked"] = ~found["checked"] & bool(found["checked"].any())
     named, model = found["problem"].str.partition("@"), found["model"]
@@ -115,34 +115,36 @@ def cost(tidied: pd.DataFrame) -> pd.DataFrame:
 def squared_errors(measured: pd.DataFrame) -> pd.DataFrame:
     """What one gradient misses, squared: the mean squared error where it was measured, else the variance of unbiased groups.
 
-    Groups that are declared biased, and whose bias was not measured, are left out: their error is not known.
+    Groups that are declared biased, and whose bias was not measured, are left out: their error is not known. So are those that are
+    declared rescaled, whose errors are not in the unit of the others'.
     """
     known, alone = _mse_or_variance(measured)
-    unbiased = alone[~alone["biased"]]
+    unbiased = alone[~alone["biased"] & ~alone["rescaled"]]
     return pd.concat([known, unbiased], ignore_index=True) if len(known) else unbiased
 
 
 def of_unknown_error(measured: pd.DataFrame) -> pd.DataFrame:
-    """The variances of biased groups that `squared_errors` leaves out."""
+    """The variances of biased and of rescaled groups that `squared_errors` leaves out."""
     _, alone = _mse_or_variance(measured)
-    return alone[alone["biased"]]
+    return alone[alone["biased"] | alone["rescaled"]]
 
 
 def _mse_or_variance(measured: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The mean squared errors of groups, and the variances of those groups that have none."""
+    """The mean squared errors of groups, and the variances of those groups that have none, or have one in a unit of their own."""
     key = ["problem", "label", "group"]
     of_groups = measured[(measured["group"] != "") & measured["value"].notna()]
     known, variance = (of_groups[of_groups["metric"] == metric] for metric in ("mse", "variance"))
+    known = known[~known["rescaled"]]
     return known, variance[~variance.set_index(key).index.isin(known.set_index(key).index)]
 
 
 def marks(found: pd.DataFrame, by: str = "label") -> dict[str, str]:
-    """The signs that each label carries: † not checked, where others are, § biased, ¶ heavy tails; "" for none."""
+    """The signs that each label carries: † not checked, where others are, § biased, ∝ rescaled, ¶ heavy tails; "" for none."""
     some = bool(found["checked"].any())
     signs = {}
     for name, rows in found.groupby(by, sort=False):
         sign = "†" * (some and not rows["checked"].all()) + "§" * bool(rows["biased"].any())
-        sign += "¶" * bool((rows["tails"] == "heavy").any())
+        sign += "∝" * bool(rows["rescaled"].any()) + "¶" * bool((rows["tails"] == "heavy").any())
         signs[str(name)] = f" {sign}" if sign else ""
     return signs
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
+SHARDS = 16  # of replicates, each left out once
 ROUNDING = 1e-5  # of a value made in single precision, by another order of its sums
 Array = NDArray[np.float64]
 

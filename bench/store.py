@@ -22,14 +22,16 @@ SCHEMA = 1
 COLUMNS = (
     "suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "digest", "step", "seconds",
     "estimator", "code", "family", "K", "B", "evaluations", "seed", "device", "machine", "dtype", "threads", "engine", "chunk",
-    "group", "ascends", "biased", "tensor", "metric", "reference", "space", "randomness", "reduction", "scale", "unit", "version",
-    "value", "stderr", "low", "high", "replicates", "minibatches", "tails", "precision_met", "checked", "status", "reason",
-    "manifest", "jackknife",
+    "group", "ascends", "biased", "rescaled", "tensor", "metric", "reference", "space", "randomness", "reduction", "scale",
+    "unit", "version", "value", "stderr", "low", "high", "replicates", "minibatches", "tails", "precision_met",
+    "checked", "status", "reason", "manifest", "jackknife",
 )  # fmt: skip
 NUMBERS = frozenset(
     {"step", "seconds", "K", "B", "evaluations", "seed", "replicates", "minibatches", "version", "value", "stderr", "low", "high"}
 )  # fmt: skip
-TEXT = frozenset(COLUMNS) - NUMBERS - {"threads", "chunk", "precision_met", "checked", "biased", "jackknife"}
+TEXT = (
+    frozenset(COLUMNS) - NUMBERS - {"threads", "chunk", "precision_met", "checked", "biased", "rescaled", "jackknife"}
+)
 
 
 def open_for_writing(folder: Path) -> None:
@@ -203,7 +205,7 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
         table[name] = table[name].astype(object).where(table[name].notna(), "")
     for name in NUMBERS:
         table[name] = pd.to_numeric(table[name])
-    for name in ("checked", "biased"):
+    for name in ("checked", "biased", "rescaled"):
         table[name] = table[name].astype(object).where(table[name].notna(), False).astype(bool)
     return table
 

@@ -45,10 +45,11 @@ SIGNS = {
     "‡": "at the floor: the interval reaches what a gradient of mean zero would show.",
     "†": f"has not passed a check by the harness: {CLAIM}",
     "§": "declared biased: a low variance is precision about a wrong value. It competes by its mean squared error alone.",
+    "∝": "declared rescaled: its gradient and its variance have a factor of their own. It competes by ratios of signal to noise.",
     "¶": "heavy tails: the interval may be too short.",
     "★": "on the Pareto front of cost and error: nothing here surely dominates it.",
 }
-UNKNOWN = "bias unknown"
+UNKNOWN, RESCALED = "bias unknown", "own scale"
 Places = dict[str, tuple[int, int]]
 ADD_UP = "Of one gradient on a minibatch drawn anew: the two parts add up to both (law of total variance)."
 
@@ -194,14 +195,16 @@ def _column(metric: str, rows: pd.DataFrame, places: Places | None) -> tuple[Col
             float(row.stderr),
             float(row.low),
             float(row.high),
-            signs=("§" * row.biased if metric in GRADIENT else "")
+            signs=("§" * row.biased + "∝" * row.rescaled if metric in GRADIENT else "")
             + "¶" * (row.tails == "heavy" and metric in (*GRADIENT, "mse")),
         )
         for row in selection.records(known)
     }
     better = METRICS[metric].better if metric in METRICS and metric not in VALUES else ""
-    if places is None:  # a biased estimator wins nothing by its noise
-        places = figures.ranks(known[~known["biased"]], "lower" if better == "lower" else "higher") if better else {}
+    if places is None:  # a biased estimator wins nothing by its noise, nor does one of another scale
+        scaled = known["rescaled"] & (better == "lower")
+        able = known[~known["biased"] & ~scaled]
+        places = figures.ranks(able, "lower" if better == "lower" else "higher") if better else {}
     if len(places) > 1:
         cells |= {label: replace(cells[label], bold=True) for label, place in places.items() if place == (1, 1)}
     unit = unit_text(str(rows["unit"].iloc[0]))
@@ -211,9 +214,11 @@ def _column(metric: str, rows: pd.DataFrame, places: Places | None) -> tuple[Col
 
 def _mean_squared(of_group: pd.DataFrame, errors: pd.DataFrame, places: Places) -> tuple[Column, dict[str, Cell]]:
     """Mean squared errors, which are variances where nothing is biased; unknown where a bias was not measured."""
+    scaled = dict.fromkeys(of_group.loc[of_group["rescaled"], "label"], RESCALED)
     unknown = set(of_group.loc[of_group["biased"] & (of_group["metric"] == "variance"), "label"]) - set(errors["label"])
     column, cells = _column("mse", errors, places) if len(errors) else (Column("mse", heading("mse"), ""), {})
-    return column, cells | {label: Cell(math.nan, words=UNKNOWN) for label in unknown}
+    words = dict.fromkeys(unknown, UNKNOWN) | scaled
+    return column, cells | {label: Cell(math.nan, words=said) for label, said in words.items()}
 
 
 def _ranks(places: Places) -> tuple[Column, dict[str, Cell]]:

@@ -129,6 +129,31 @@ class Network:
             for module, attribute, _ in aside:
                 module.__dict__.pop(attribute, None)
 
+    @contextmanager
+    def aside(self) -> Iterator[dict[str, nn.Parameter]]:
+        """While open, calls of layers do without their parameters' gradients; yields those parameters by name.
+
+        What still has a gradient by one of them uses it elsewhere than in a call of its layer.
+        """
+
+        def before(layer: nn.Module, given: Any) -> None:
+            layer.__dict__.update({name: p.detach() for name, p in layer._parameters.items() if p is not None})
+
+        def after(layer: nn.Module, given: Any, output: Tensor) -> Tensor:
+            for name in layer._parameters:
+                layer.__dict__.pop(name, None)
+            # As if by the weight; no leaf, which could not be overwritten.
+            return output if output.requires_grad else output.requires_grad_().clone()
+
+        handles = [layer.register_forward_pre_hook(before) for layer in self.layers]
+        handles += [layer.register_forward_hook(after, always_call=True) for layer in self.layers]
+        found = {self.owner.get(id(p), ""): p for layer in self.layers for p in layer.parameters(recurse=False)}
+        try:
+            yield {name: p for name, p in found.items() if name}
+        finally:
+            for handle in handles:
+                handle.remove()
+
 
 class _Guide:
     """A guide that ran once: the calls of its networks, and its parameters with the leaves that stand for them."""
@@ -168,7 +193,8 @@ class Tape:
         self.others: dict[str, Tensor | Outer] = {}  # biases and free parameters
         self.parts: list[dict[str, Part]] = [{} for _ in range(estimators)]
         self._leaves = {  # beside events of the same shape
-            name: p.detach().expand(R, 1, *p.shape).requires_grad_() for name, (_, _, p) in network.free.items()
+            name: p.detach().expand(R, 1, *(p.shape or (1,))).requires_grad_()
+            for name, (_, _, p) in network.free.items()
         }
 
     @contextmanager
@@ -216,10 +242,15 @@ class Tape:
     def _run(self, make: Callable[[], Distribution]) -> tuple[Distribution, list[Call]]:
         """The guide with the calls of its networks, which are not the pass's."""
         start = len(self.calls)
-        made = make()
-        calls = self.calls[start:]
-        del self.calls[start:]
-        return made, calls
+        try:
+            return make(), self.calls[start:]
+        except RuntimeError as error:
+            if not self._leaves:
+                raise
+            self.network.opaque = True  # the copies of its parameters do not fit the single run
+            raise NotImplementedError("the guide is not known by its parameters") from error
+        finally:
+            del self.calls[start:]
 
     def of_group(self, group: str, calls: Sequence[Call]) -> list[Call]:
         """Those calls whose layer belongs to a group and whose output has a gradient."""
@@ -231,7 +262,7 @@ class Tape:
         ]
 
     def free_of(self, group: str) -> dict[str, Tensor]:
-        """The copies that replicates have of a group's parameters outside layers, ``{name: [R, 1, *shape]}``."""
+        """The copies that replicates have of a group's parameters outside layers, ``[R, 1, *shape]``; of scalars ``[R, 1, 1]``."""
         return {name: self._leaves[name] for name in self.network.parameters.get(group, {}) if name in self._leaves}
 
     def ascend(self, group: str, total: Tensor, owner: int = 0) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradiometer.bench.data import Dataset
-from gradiometer.bench.gradients import Draw, one, trainable
+from gradiometer.bench.gradients import Counted, Draw, one, trainable
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import Rng
 
@@ -109,19 +109,39 @@ def learning_step(
 ) -> Draw:
     """One step of gradient ascent on `parameters`, learned modules by their own terms too; tracked averages fold afterwards."""
     seen: dict[str, Tensor] = {}
-    draw = one(estimator, model, x, rng, state, parameters, observe=seen.update)
-    extra = estimator.learn(model, x, rng, state)
-    for group, members in parameters.items():
-        wanted = list(members.values())
-        learnt = (
-            torch.autograd.grad(extra[group].mean(), wanted, retain_graph=True, allow_unused=True)
-            if group in extra
-            else [None] * len(wanted)
-        )
-        for (name, parameter), more in zip(members.items(), learnt, strict=True):
-            total = draw.gradients[name] if more is None else draw.gradients[name] + more
-            parameter.grad = -total
+    draw = ascent(estimator, model, x, rng, state, parameters, observe=seen.update)
+    for members in parameters.values():
+        for name, parameter in members.items():
+            parameter.grad = -draw.gradients[name]
     optimizer.step()
     for name, observation in seen.items():
         state.tracked[name].update(observation)
     return draw
+
+
+def ascent(
+    estimator: Estimator,
+    model: Any,
+    x: Tensor,
+    rng: Rng,
+    state: State,
+    parameters: Mapping[str, Mapping[str, nn.Parameter]],
+    observe: Callable[[Mapping[str, Tensor]], None] | None = None,
+) -> Draw:
+    """The gradients of one step of training: the estimate's, and those that learned control variates learn by."""
+    draw = one(estimator, model, x, rng, state, parameters, observe)
+    for group, term in estimator.learn(model, x, rng, state).items():
+        if not (members := parameters.get(group)):
+            continue
+        learnt = torch.autograd.grad(term.mean(), list(members.values()), retain_graph=True, allow_unused=True)
+        for name, more in zip(members, learnt, strict=True):
+            if more is not None:
+                draw.gradients[name] = draw.gradients[name] + more
+    return draw
+
+
+def evaluations_of_learning(estimator: Estimator, model: Any, x: Tensor, state: State) -> float:
+    """Evaluations of the joint, per data point, that a step of training takes beside the estimate's, to learn control variates."""
+    counted = Counted(getattr(model, "_model", model))
+    estimator.learn(counted, x, Rng(0, 0, "cost", x.device, block=1), state)
+    return counted.evaluations / len(x)

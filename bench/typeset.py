@@ -160,7 +160,7 @@ def csv(table: Table) -> str:
         numbers: dict[str, object] = {"problem": table.problem, "group": table.group, "estimator": line.label}
         numbers |= {"K": line.K, "evaluations": line.evaluations, "checked": line.checked}
         signs = {sign for cell in line.cells if cell for sign in cell.signs}
-        numbers |= {"biased": "§" in signs, "tails": "heavy" if "¶" in signs else ""}
+        numbers |= {"biased": "§" in signs, "rescaled": "∝" in signs, "tails": "heavy" if "¶" in signs else ""}
         for column, cell in _pairs(table, line):
             unit = f" [{column.unit.replace('²', '^2')}]" if column.unit else ""
             numbers[f"{column.metric}{unit}"] = cell.value if cell else None
@@ -271,7 +271,7 @@ def _latex_cell(column: Column, cell: Cell | None) -> str:
 _LATEX = {character: f"\\{character}" for character in "{}#$%&_"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
 _LATEX |= {"×": r"$\times$", "±": r"$\pm$", "≤": r"$\leq$", "≥": r"$\geq$", "<": "$<$", ">": "$>$", "|": "$|$"}
-_LATEX |= {"†": r"$^\dagger$", "‡": r"$^\ddagger$", "★": r"$^\star$", "§": r"\textsuperscript{\S}"}
+_LATEX |= {"†": r"$^\dagger$", "‡": r"$^\ddagger$", "★": r"$^\star$", "§": r"\textsuperscript{\S}", "∝": r"$^\propto$"}
 _LATEX |= {"¶": r"\textsuperscript{\P}", "−": "$-$"}
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -41,7 +41,8 @@ class Facts:
         family: the estimators it belongs with.
         objective: the name of what it is the gradient of; a mapping from groups where they differ.
         biased: the groups whose gradient is not unbiased for that objective.
-        needs: capabilities a problem must offer ("rsample", "kl", "moments", ...).
+        needs: capabilities a problem must offer: of the guide "rsample", "gaussian", "bernoulli" or "discrete"; of the model
+            "likelihood", "prior", "kl" or "relaxed".
         least_particles: the smallest K that makes sense.
         consistent: the biased groups whose bias vanishes as K grows.
         rescaled: the groups whose gradient has the objective's direction and a positive factor of its own.
@@ -156,6 +157,10 @@ class Estimator(ABC):
         settings = ",".join(f"{f.name}={getattr(self, f.name)}" for f in shown)
         return f"{self.facts.name}:{settings}" if settings else self.facts.name
 
+    def _claim(self, **changes: Any) -> None:
+        """Other facts than the class's, for settings that change them."""
+        object.__setattr__(self, "facts", replace(self.facts, **changes))
+
     @abstractmethod
     def surrogate(self, model: Any, x: Tensor, rng: Rng, state: State) -> Surrogate | Iterator[Surrogate]:
         """One draw of the estimate, as surrogate terms; if several are yielded, the estimate is their sum."""
@@ -212,9 +217,15 @@ class Weighted(Estimator):
         pathwise = "rsample" in self.facts.needs
         z = rng.rsample(q, self.K) if pathwise else rng.sample(q, self.K)  # [K, *batch, *event]
         log_p, log_q = model.log_joint(x, z), q.log_prob(z)  # [K, *batch]
+        _must_be_of_shape((self.K, *q.batch_shape), {"log_joint(x, z)": log_p, "the guide's log_prob(z)": log_q})
         log_w = (log_p - log_q).detach()
         columns = self.coefficients(self.signal(log_w.clone(), x, state))  # of its own: log_w is reported
         a, b, c = columns.generative, columns.pathwise, columns.score
+        _must_be_of_shape(log_w.shape, {f"the column {name!r}": column for name, column in vars(columns).items()})
+        if b is not None and not pathwise:
+            raise ValueError(
+                f"{self} has a pathwise column but draws without a gradient: add 'rsample' to the needs of its facts"
+            )
         # The generative term is differentiated by theta alone, so z need not be detached in it.
         terms = {"generative": (a * log_p).sum(0), "inference": 0.0 * log_q.sum(0)}
         if b is None:
@@ -225,3 +236,12 @@ class Weighted(Estimator):
             held = b if c is None else b + c
             terms["inference"] = (b * (log_p - log_q) + held * q.log_prob(z.detach())).sum(0)
         return Surrogate(terms, log_w, self.observe(log_w, x, state))
+
+
+def _must_be_of_shape(shape: Sequence[int], found: Mapping[str, Tensor | None]) -> None:
+    """Another shape would be broadcast, and give wrong numbers without a word."""
+    for name, values in found.items():
+        if values is not None and tuple(values.shape) != tuple(shape):
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}, not {tuple(shape)}, a number per particle and data point"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class IWAESTL(Weighted):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.K == 1:
-            object.__setattr__(self, "facts", replace(self.facts, biased=()))
+            self._claim(biased=())
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         w = normalized(log_w)

@@ -10,7 +10,7 @@ and after level k.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -96,7 +96,7 @@ class NVI(Estimator):
         moves = ("kernels", "path") if self.learns_path else ("kernels",)
         biased = () if self.levels == 2 else moves if self.resample == "none" else ("generative", *moves)
         objective = {"generative": "iwelbo", "inference": "elbo"} | dict.fromkeys(moves, "nested KL")
-        object.__setattr__(self, "facts", replace(self.facts, biased=biased, objective=objective))
+        self._claim(biased=biased, objective=objective)
 
     @property
     def learns_path(self) -> bool:

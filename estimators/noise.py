@@ -88,24 +88,25 @@ class Rng:
     def _draw(self, q: Distribution, particles: int | None, *, differentiable: bool) -> Tensor:
         if isinstance(q, Ancestral):
             return q.draw(self, particles, differentiable=differentiable)
-        base, batch_axes = q, len(q.batch_shape)
+        base: Any = q
+        batch_axes = len(q.batch_shape)
         while isinstance(base, Independent):
             base = base.base_dist
         shape = Size(() if particles is None else (particles,)) + q.batch_shape + q.event_shape
         axes = batch_axes + (particles is not None)
-        match base:
-            case Normal():
-                return base.loc + base.scale * self._noise(shape, axes, _fill_normal).to(base.loc.dtype)
-            case Uniform():
-                u = self._noise(shape, axes, _fill_uniform).to(base.low.dtype)  # as `u < p` draws a Bernoulli
-                return base.low + (base.high - base.low) * u
-            case Bernoulli():
-                probs = base.probs
-                return (self._noise(shape, axes, _fill_uniform).to(probs.dtype) < probs).to(probs.dtype)
-            case OneHotCategorical():
-                gumbel = -(-self._noise(shape, axes, _fill_uniform).log()).log()
-                logits = base.logits + gumbel.to(base.logits.dtype)
-                return torch.nn.functional.one_hot(logits.argmax(-1), shape[-1]).to(logits.dtype)
+        family = type(base)  # a subclass may draw in another way
+        if family is Normal:
+            return base.loc + base.scale * self._noise(shape, axes, _fill_normal).to(base.loc.dtype)
+        if family is Uniform:
+            u = self._noise(shape, axes, _fill_uniform).to(base.low.dtype)  # as `u < p` draws a Bernoulli
+            return base.low + (base.high - base.low) * u
+        if family is Bernoulli:
+            probs = base.probs
+            return (self._noise(shape, axes, _fill_uniform).to(probs.dtype) < probs).to(probs.dtype)
+        if family is OneHotCategorical:
+            gumbel = -(-self._noise(shape, axes, _fill_uniform).log()).log()
+            logits = base.logits + gumbel.to(base.logits.dtype)
+            return torch.nn.functional.one_hot(logits.argmax(-1), shape[-1]).to(logits.dtype)
         return self._draw_by_torch(q, particles, differentiable=differentiable)
 
     def _noise(self, shape: Size, axes: int, fill: Callable[[Tensor, torch.Generator], object]) -> Tensor:

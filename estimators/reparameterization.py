@@ -54,7 +54,7 @@ class SGVBB(Estimator):
         "sgvb-b",
         family="reparameterization",
         objective="elbo",
-        needs=("rsample", "likelihood", "kl"),
+        needs=("rsample", "likelihood", "kl", "prior"),
         cite="kingma2014autoencoding",
     )
 

@@ -8,7 +8,7 @@ B runs from 0, the guide, to 1, the posterior.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import Tensor, zeros_like
@@ -48,14 +48,14 @@ class TVO(Weighted):
         if not 0 < self.beta1 < 1:
             raise ValueError(f"tvo needs 0 < beta1 < 1, not beta1={self.beta1}")
         if self.partitions == 1:  # weights are equal, so nothing is self-normalised
-            object.__setattr__(self, "facts", replace(self.facts, biased=(), consistent=()))
+            self._claim(biased=(), consistent=())
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
-        unbiased = self.K / (self.K - 1)  # for covariances: the mean holds the particle's own signal
+        correction = self.K / (self.K - 1)  # the mean holds the particle's own signal; exact at beta = 0
         a, c = zeros_like(log_w), zeros_like(log_w)
         for beta, width in self._partition():
             u = normalized(beta * log_w)
-            signal = unbiased * (log_w - (u * log_w).sum(0))
+            signal = correction * (log_w - (u * log_w).sum(0))
             a = a + width * u * (1 + beta * signal)
             c = c + width * u * ((1 - beta) * signal - 1)
         return Coefficients(generative=a, score=c)

@@ -433,7 +433,7 @@ def test_a_measurement_that_fails_is_a_row_and_exit_status_one(gradiometer: Comm
     assert result.exit_code == 1
     assert "mine failed: KeyError: 'weights'" in " ".join(result.stdout.split())
     rows = store.load(tmp_path / "out")
-    assert rows[rows["status"] == "failed"]["reason"].tolist() == ["KeyError: 'weights'"]
+    assert rows[rows["status"] == "failed"]["reason"].tolist() == ["KeyError: 'weights' (broken.py, line 22)"]
     assert {"mine", "iwae:K=2"} == set(rows["estimator"])
 
 

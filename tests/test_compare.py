@@ -28,7 +28,7 @@ def row(estimator: str, value: float, noise: np.ndarray | None = None, **columns
     found = jackknife(value, list(without), positive=True)
     about = {"kind": "gradient", "problem": "vae@late", "estimator": estimator, "K": 8, "B": 20, "evaluations": 8.0}
     about |= {"seed": 0, "replicates": 1024, "digest": "d", "group": "inference", "metric": "variance", "version": 1}
-    about |= {"cell": f"cell of {estimator}", "checked": True, "biased": False}
+    about |= {"cell": f"cell of {estimator}", "checked": True, "biased": False, "rescaled": False}
     about |= {
         "device": "cpu",
         "status": "ok",
@@ -267,7 +267,22 @@ def test_what_limits_a_verdict_is_said(whose: str) -> None:
     assert said({"biased": True}).endswith(unknown)
     bias = row(whose, 0.3, metric="relative_bias", biased=True) | {"low": 0.25, "high": 0.35}
     assert f"{whose} is biased (by 0.3 [0.25, 0.35] of the mean gradient)" in said({"biased": True}, bias)
+    assert said({"rescaled": True}).endswith(
+        f"; {whose} has a scale of its own: compare ratios of signal to noise instead"
+    )
+    assert said({"rescaled": True}).startswith("has 0.5x")
+    assert said({}).startswith("needs 0.5x")
     assert ";" not in said({})
+
+
+def test_an_unbiased_estimators_mean_squared_error_is_its_variance() -> None:
+    shared = noise(0)
+    rows = [row("iwae", 4.0, shared), row("rws", 1.0, shared, biased=True), row("nvil", 1.0, shared, rescaled=True)]
+    rows.append(row("rws", 8.0, shared, biased=True, metric="mse"))
+    (found,) = ratios(store.frame(rows), "mse", "iwae")
+    assert (found.estimator, found.metric) == ("rws", "mse")
+    assert found.value.value == pytest.approx(2.0)
+    assert found.paired
 
 
 def test_where_nothing_is_checked_that_is_said_once() -> None:
@@ -336,7 +351,9 @@ def test_products_are_variance_times_cost_with_errors_in_quadrature() -> None:
     assert seconds["value"] == pytest.approx(0.02)
     relative = math.hypot(measured["stderr"] / 2.0, 0.1)
     assert seconds["stderr"] == pytest.approx(0.02 * relative)
-    assert math.log(seconds["high"] / 0.02) == pytest.approx(1.959964 * relative, rel=1e-5)
+    half = math.hypot(math.log(measured["high"] / 2.0), 1.959964 * 0.1)
+    assert math.log(seconds["high"] / 0.02) == pytest.approx(half, rel=1e-5)
+    assert evaluations["high"] == pytest.approx(8 * measured["high"]), "a count has no error, so it adds none"
     assert seconds["low"] * seconds["high"] == pytest.approx(0.02**2)
     assert evaluations["value"] == pytest.approx(16.0)
     assert evaluations["stderr"] == pytest.approx(8 * measured["stderr"])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradiometer.bench import cost, named_problem
+from gradiometer.bench import cost, measure, named_problem
 from gradiometer.bench.costs import ROUNDS, peak_memory
 from gradiometer.estimators import parse
 
@@ -96,16 +96,30 @@ def test_a_slower_gradient_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None
     from gradiometer.bench import costs
 
     problem = named_problem("gaussian-toy:units=3", 5)
-    honest, one = cost(problem, parse("stl"), seconds=0.02), costs.one
+    honest, one = cost(problem, parse("stl"), seconds=0.02), costs.ascent
 
     def slow(*arguments: object) -> object:
         time.sleep(0.02)
         return one(*arguments)
 
-    monkeypatch.setattr(costs, "one", slow)
+    monkeypatch.setattr(costs, "ascent", slow)
     delayed = cost(problem, parse("stl"), seconds=0.02)
     added = delayed["seconds_per_gradient"].value - honest["seconds_per_gradient"].value
     assert 0.019 < added < 0.04
+
+
+@pytest.mark.parametrize(
+    ("word", "of_estimate", "of_learning"), [("nvil:K=3", 3, 3), ("rebar:K=2", 4, 4), ("stl", 1, 0)]
+)
+def test_what_a_control_variate_learns_by_is_a_part_of_the_cost(
+    word: str, of_estimate: int, of_learning: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = named_problem("enumerable-vae" if word != "stl" else "gaussian-toy:units=3", 5)
+    estimator = parse(word)
+    assert cost(problem, estimator, seconds=0.01)["evaluations"].value == of_estimate + of_learning
+    assert measure(problem, estimator, replicates=16).evaluations == of_estimate + of_learning
+    monkeypatch.setattr(type(estimator), "learn", lambda *given: {})
+    assert cost(problem, estimator, seconds=0.01)["evaluations"].value == of_estimate
 
 
 def test_the_problem_is_not_changed_and_what_it_lacks_is_a_sentence() -> None:

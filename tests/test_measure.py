@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from engine import KINDS, WORDS, HighSignal, Shifted, apart, data, equal, home, twins, vae
 from oracles import Enumerated, bound, elbo, scrambled
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Independent, Normal
+from torch.distributions import Bernoulli, Independent, Normal, OneHotCategoricalStraightThrough
 
 from gradiometer.bench import products
 from gradiometer.bench.folding import Failure
@@ -668,6 +669,153 @@ def test_a_strangers_model_is_measured_by_the_loop_and_told_why(model, reason: s
         m = measure(problem, parse("iwae:K=2"), replicates=16)
     assert m.engine == "loop"
     assert equal(m.variance, measure(problem, parse("iwae:K=2"), replicates=16, engine="loop").variance, 1e-6)
+
+
+class Elsewhere(Stranger):
+    """What two replicates in one batch may not show: it is rare, or small."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        found = super().log_joint(x, z)
+        if self.kind == "branch" and z.mean() > 0:
+            return 2 * found
+        if self.kind == "prior":
+            return found - 1e-7 * self.decoder.weight.square().sum()
+        if self.kind == "expert":
+            return found + torch.where(z[..., 0] > 5, nn.functional.linear(z, self.decoder.weight).sum(-1), 0.0)
+        if self.kind == "dropout":
+            return nn.functional.dropout(found, training=True)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("branch", r"it takes the value of a tensor in Python \(test_measure.py, line \d+\)"),
+        ("prior", "parameter 'decoder.weight' is used outside of its layer's calls"),
+        ("expert", "parameter 'decoder.weight' is used outside of its layer's calls"),
+        ("dropout", "it draws noise of its own"),
+    ],
+)
+@pytest.mark.parametrize("word", ["iwae:K=2", "sgvb-a", "rloo:K=2"])
+def test_what_two_replicates_do_not_show_is_seen_while_one_is_made(word: str, kind: str, reason: str) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(Problem(Elsewhere("none"), data(3, 4).float()), parse(word), replicates=16)
+    problem, state = Problem(Elsewhere(kind), data(3, 4).float()), torch.random.get_rng_state()
+    with pytest.warns(UserWarning, match=f"one replicate at a time: {reason}"):
+        assert measure(problem, parse(word), replicates=16).engine == "loop"
+    assert kind == "dropout" or torch.equal(torch.random.get_rng_state(), state)
+
+
+class Straight(OneHotCategoricalStraightThrough):
+    pass
+
+
+class Further(Normal):
+    """Whose draws are three further than a normal's."""
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return super().rsample(sample_shape) + 3
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value - 3)
+
+
+def test_a_subclass_of_a_distribution_draws_in_its_own_way() -> None:
+    q = Independent(Further(torch.zeros(64, 3, 2), torch.ones(64, 3, 2)), 1)
+    assert abs(float(Rng(0, range(64)).rsample(q, 5).mean()) - 3) < 0.2
+    logits = torch.zeros(64, 3, 2, 4, requires_grad=True)
+    z = Rng(0, range(64)).rsample(Independent(Straight(logits=logits), 1))
+    (slope,) = torch.autograd.grad((z * torch.arange(4.0)).sum(), logits)
+    assert slope.abs().max() > 0
+
+
+class OfShape(Stranger):
+    """A joint of another shape, which would be broadcast."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        found = super().log_joint(x, z)  # [K, *batch]
+        return found.sum(-1) if self.kind == "summed" else found.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("kind", ["summed", "one more"])
+@pytest.mark.parametrize(("word", "B"), [("sgvb-a", 3), ("iwae:K=3", 3), ("sgvb-a", 1), ("rloo:K=3", 3)])
+def test_a_joint_of_another_shape_is_refused(word: str, B: int, kind: str) -> None:
+    with pytest.raises(ValueError, match=r"log_joint\(x, z\) has shape .*, a number per particle and data point"):
+        measure(Problem(OfShape(kind), data(B, 4).float()), parse(word), replicates=16)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        (
+            {"generative": ("decoder.bias",), "inference": ("encoder",), "prior": ("decoder.weight",)},
+            "no term for the group 'prior'",
+        ),
+        ({"decoder": ("decoder",), "encoder": ("encoder",)}, "a term for the group 'generative'; the model has decoder, encoder"),
+    ],
+)  # fmt: skip
+def test_groups_that_no_term_names_are_refused(groups: dict, said: str, engine: str) -> None:
+    model = Stranger()
+    model.groups = groups
+    with pytest.raises(ValueError, match=said):
+        measure(Problem(model, data(3, 4).float()), parse("iwae:K=2"), replicates=16, engine=engine)
+
+
+def misshapen(kind: str) -> Estimator:
+    """An estimator whose terms or columns are of another shape, or name no group."""
+
+    @dataclass(frozen=True)
+    class Misshapen(Weighted):
+        facts = Facts("misshapen", family="test", needs=("rsample",) if kind != "needless" else ())
+
+        def coefficients(self, log_w: Tensor) -> Coefficients:
+            a = torch.full_like(log_w, 1 / self.K)
+            return Coefficients(a[0] if kind == "column" else a, pathwise=a)
+
+        def surrogate(self, model: Any, x: Tensor, rng: Rng, state: State) -> Surrogate:
+            made = super().surrogate(model, x, rng, state)
+            term = made.terms["inference"]
+            if kind == "term":
+                return Surrogate({**made.terms, "inference": term.sum()}, made.log_w)
+            if kind == "name":
+                return Surrogate({"generative": made.terms["generative"], "inferrence": term}, made.log_w)
+            return made
+
+    return Misshapen(K=4)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("term", r"the term of misshapen:K=4 for the group 'inference' has shape \(\), not \(3,\)"),
+        ("name", "a term for the group 'inferrence'; the model has generative, inference"),
+        ("column", r"the column 'generative' has shape \(3,\), not \(4, 3\)"),
+        ("needless", "misshapen:K=4 has a pathwise column but draws without a gradient: add 'rsample'"),
+    ],
+)
+def test_an_estimator_of_another_shape_is_refused(kind: str, said: str, engine: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        measure(Problem(Stranger(), data(3, 4).float()), misshapen(kind), replicates=16, engine=engine)
+
+
+def test_a_problem_leaves_its_model_alone() -> None:
+    model = Stranger(decoder=nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))).train()
+    problem = Problem(model, data(3, 4).float())
+    assert model.training
+    assert not problem.model.training
+    assert problem.model is not model
 
 
 @pytest.mark.parametrize("word", ["iwae:K=3", "rloo:K=3", "sgvb-a"])

@@ -372,6 +372,8 @@ def test_what_is_biased_by_an_unknown_amount_is_named_where_it_is_left_out() -> 
     assert said in caption(rows + hidden)
     assert "Left out" not in caption([*rows, *hidden, known])
     assert "Left out" not in caption(rows)
+    scaled = [row | {"biased": False, "rescaled": True} for row in hidden]
+    assert "Left out, since on a scale of its own: rws (inference parameters)." in caption(rows + scaled)
 
 
 def test_the_front_is_one_of_evaluations_too_and_tables_mark_both(rows: pd.DataFrame) -> None:
@@ -435,6 +437,30 @@ def test_the_winner_and_the_rank_are_by_mean_squared_error() -> None:
     better = cells(table(biased(bias, mse("low", 1.1, 0.1)), "toy", "inference"))
     assert {key for key, cell in better.items() if cell and cell.bold} == {("low", "mse")}, "little bias, less error"
     assert "by mean squared error." in " ".join(made.notes)
+
+
+def test_a_rescaled_estimator_never_wins_by_its_variance() -> None:
+    """A gradient of half the length has a quarter of the variance, and is no better for it."""
+    snr = [bare("good", 1.0, 0.9, 1.1, metric="snr"), bare("low", 2.0, 1.9, 2.1, metric="snr", rescaled=True)]
+    rows = biased(*snr).assign(biased=False)
+    rows["rescaled"] = rows["estimator"] == "low"
+    made = table(rows, "toy", "inference")
+    of = cells(made)
+    assert not of["low", "variance"].bold
+    assert of["low", "variance"].signs == "∝"
+    assert of["low", "snr"].bold, "a ratio of signal to noise has no scale"
+    assert ("low", "rank") not in of or of["low", "rank"] is None
+    assert any(note.startswith("∝ declared rescaled") for note in made.notes)
+    beside = pd.concat([rows, pd.DataFrame([bare("low", 9.0, 8.0, 10.0, metric="mse", rescaled=True)])])
+    assert cells(table(beside, "toy", "inference"))["low", "mse"].words == "own scale"
+    pair = {"jackknife": shards(1.0, 0.01, -0.01, 0.005)}
+    good, low = (
+        bare("good", 1.0, 0.9, 1.1, **pair),
+        bare("low", 0.1, 0.09, 0.11, jackknife=shards(0.1, 0.01, 0.01, -0.01)),
+    )
+    assert "`low` has the lowest variance" in findings(pd.DataFrame([good, low]))["Variance at equal K"][0]
+    said = findings(pd.DataFrame([good, low | {"rescaled": True}]))
+    assert "low" not in str(said)
 
 
 def test_a_biased_estimator_wins_no_other_column_of_noise() -> None:
@@ -516,7 +542,7 @@ def test_a_report_has_the_suites_own_words_and_the_formulas_of_what_it_shows(tmp
 
 EVERY_MARK = [
     bare("good", 2.0, 1.8, 2.2, checked=True),
-    bare("mine", 1.0, 0.9, 1.1, biased=True, tails="heavy"),
+    bare("mine", 1.0, 0.9, 1.1, biased=True, rescaled=True, tails="heavy"),
     bare("good", 1.0, 0.9, 1.1, checked=True, metric="seconds_per_gradient", kind="cost", group=""),
     bare("mine", 2.0, 1.9, 2.1, metric="seconds_per_gradient", kind="cost", group=""),
 ]
@@ -529,15 +555,18 @@ def test_every_writer_carries_every_mark() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for text in (typeset.markdown(made), shown):
         line = next(line for line in text.splitlines() if "mine" in line)
-        assert all(sign in line for sign in "†§¶")
-        assert not any(sign in next(line for line in text.splitlines() if "good" in line) for sign in "†§¶")
-        for note in ("† ", "§ declared biased", "¶ heavy tails: the interval may be too short"):
+        assert all(sign in line for sign in "†§∝¶")
+        assert not any(sign in next(line for line in text.splitlines() if "good" in line) for sign in "†§∝¶")
+        for note in ("† ", "§ declared biased", "∝ declared rescaled", "¶ heavy tails: the interval may be too short"):
             assert note in text
     tex = next(line for line in typeset.latex(made).splitlines() if "mine" in line)
-    assert all(command in tex for command in (r"mine$^\dagger$", r"\textsuperscript{\S}", r"\textsuperscript{\P}"))
+    assert all(
+        command in tex
+        for command in (r"mine$^\dagger$", r"\textsuperscript{\S}", r"$^\propto$", r"\textsuperscript{\P}")
+    )
     read = pd.read_csv(StringIO(typeset.csv(made))).set_index("estimator")
-    assert read.loc["mine", ["checked", "biased", "tails"]].tolist() == [False, True, "heavy"]
-    assert read.loc["good", ["checked", "biased"]].tolist() == [True, False]
+    assert read.loc["mine", ["checked", "biased", "rescaled", "tails"]].tolist() == [False, True, True, "heavy"]
+    assert read.loc["good", ["checked", "biased", "rescaled"]].tolist() == [True, False, False]
 
 
 def test_the_page_carries_every_mark(tmp_path: Path) -> None:
@@ -545,8 +574,7 @@ def test_the_page_carries_every_mark(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert '<th scope="row">mine †</th>' in page
     assert '<th scope="row">good</th>' in page
-    assert "1.000 ± 0.050&thinsp;§¶" in page
-    assert "bias unknown" in page
+    assert "1.000 ± 0.050&thinsp;§∝¶" in page
 
 
 def words_of(plot: canvas.Plot) -> list[str]:

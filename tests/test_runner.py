@@ -149,7 +149,7 @@ def test_cells_that_fail_are_rows_with_reasons_and_are_tried_again(tmp_path: Pat
     failed = rows[rows["status"] == "failed"].set_index("estimator")
     assert set(failed.index) == set(FAULTS)
     assert set(failed["metric"]) == {""}
-    assert failed.loc["raising", "reason"] == "KeyError: 'no weights here'"
+    assert failed.loc["raising", "reason"] == "KeyError: 'no weights here' (strangers.py, line 12)"
     assert "is not finite" in failed.loc["nan", "reason"]
     assert failed.loc["slow", "reason"] == "it took longer than its time limit of 1.5 s"
     assert failed.loc["leaving", "reason"] == "its process died (exit code 3)"
@@ -347,11 +347,15 @@ def test_a_problem_without_its_data_fails_alone(
 
 def key(folder: Path, monkeypatch: pytest.MonkeyPatch, old: str = "", new: str = "") -> str:
     """The key of a cell of an estimator in a file, in which `old` was replaced by `new`."""
-    from gradiometer.estimators import registry
-
     folder.mkdir()
     path = plugin(folder / "mine.py", mine="log_w = 1.5 * log_w  # warmer")
     path.write_text(path.read_text().replace(old, new) if old else path.read_text())
+    return key_of(path)
+
+
+def key_of(path: Path) -> str:
+    from gradiometer.estimators import registry
+
     registry._REGISTRY.pop("mine", None)
     load_plugin(path)
     return Cell("gradient", "gaussian-toy:units=2", "mine", 3, replicates=16).key
@@ -364,6 +368,30 @@ def test_a_changed_estimator_is_another_cell_and_a_changed_comment_is_not(
     assert key(tmp_path / "b", monkeypatch, "  # warmer", "      # much warmer, and spaced") == first
     assert key(tmp_path / "c", monkeypatch, "1.5", "1.6") != first
     assert key(tmp_path / "d", monkeypatch, "w = log_w.softmax(0)", "w = log_w.softmax(0) * 1") != first
+
+
+def test_a_changed_helper_is_another_cell_and_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of one's own that a plugin imports, be it by another."""
+    from gradiometer.bench import records
+    from gradiometer.estimators import parse
+
+    def of(factor: str) -> tuple[str, str]:
+        folder = tmp_path / factor
+        folder.mkdir()
+        (folder / "deeper.py").write_text(f"FACTOR = {factor}\n\n\ndef scaled(w):\n    return FACTOR * w\n")
+        (folder / "helper.py").write_text("from deeper import scaled\n\n\ndef weights(w):\n    return scaled(w)\n")
+        monkeypatch.syspath_prepend(str(folder))
+        for name in ("deeper", "helper"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        records._source.cache_clear()
+        cells_module._source.cache_clear()
+        path = Path(plugin(folder / "mine.py", mine="log_w = weights(log_w)"))
+        path.write_text("from helper import weights\n" + path.read_text())
+        made = key_of(path)
+        return made, records.code_of(parse("mine"))
+
+    first = of("1.5")
+    assert all(one != other for one, other in zip(first, of("1.6"), strict=True))
 
 
 def test_a_changed_base_in_another_file_is_another_cell(tmp_path: Path) -> None:
@@ -511,7 +539,10 @@ def test_one_that_fails_leaves_its_company_alone(tmp_path: Path, gradiometer: Co
     broken = plugin(
         tmp_path / "broken.py", broken='raise RuntimeError("no weights today")', dying="os._exit(3)", whole=""
     )
-    for bad, reason in (("broken", "no weights today"), ("dying", "its process died (exit code 3)")):
+    for bad, reason in (
+        ("broken", "no weights today (broken.py, line 12)"),
+        ("dying", "its process died (exit code 3)"),
+    ):
         asked = suite(tmp_path / f"{bad}.toml", "iwae:K=2", f"{bad}:K=2", "whole:K=2")
         result = gradiometer("run", asked, "--out", tmp_path / bad, "--plugin", broken)
         assert result.exit_code == 1

@@ -205,3 +205,12 @@ def test_the_shards_of_as_many_replicates_are_the_same_however_they_were_reached
         assert len(m.moments[name].without) == 32
         counts.setdefault(m.replicates, set()).add(tuple(s.n for s in m.moments[name].without))
     assert all(len(of) == 1 for of in counts.values())
+
+
+def test_tails_are_not_told_from_projections_on_anothers_direction() -> None:
+    problem = Problem(GaussianToy(3), torch.zeros(4, 3))
+    own = measure(problem, parse("iwae:K=4"), replicates=256)
+    beside = measure(problem, parse("iwae:K=4"), replicates=256, reference=parse("sgvb-a"))
+    assert own.tails("inference") != ""
+    assert beside.tails("inference") == ""
+    assert math.isnan(beside.metrics("inference")["pareto_k"].value)

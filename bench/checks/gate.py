@@ -21,6 +21,7 @@ from gradiometer.bench.checks.means import learning_helps, no_bias_found
 from gradiometer.bench.checks.slopes import nested
 from gradiometer.bench.checks.trials import Schedule
 from gradiometer.bench.checks.worlds import World, bit, gaussian, small, wide
+from gradiometer.bench.errors import place_of
 from gradiometer.bench.gradients import trainable
 from gradiometer.bench.records import code_of
 from gradiometer.estimators.base import Estimator
@@ -117,7 +118,7 @@ def _guarded(name: str, part: Any) -> list[Claim]:
 
 
 def _sentence(error: BaseException) -> str:
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]]) + place_of(error)
 
 
 def _identities(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[Claim]:

@@ -16,7 +16,8 @@ class LatentVariableModel(Protocol):
     Optional capabilities, offered by the methods' presence:
 
     - ``likelihood(z)``, the distribution ``p(x|z)``, and ``prior(q)``, ``p(z)`` with the guide's batch shape;
-    - ``kl(q)``, the divergence from prior to guide in closed form, ``[*batch]``.
+    - ``kl(q)``, the divergence from prior to guide in closed form, ``[*batch]``; where an attribute ``has_kl`` is false, neither it
+      nor ``prior`` counts as offered.
 
     ``relaxed``, an attribute or property, is true of a model of discrete latents whose ``log_joint`` may be evaluated between their
     values, and is smooth there.
@@ -40,20 +41,18 @@ def offers(model: LatentVariableModel, x: Tensor) -> set[str]:
     """
     held = next(iter(model.parameters()), x) if isinstance(model, nn.Module) else x
     guide = model.guide(x.to(held))  # a measurement converts both; here only the shapes matter
-    found = {name for name in ("likelihood", "prior") if callable(getattr(model, name, None))}
+    closed = getattr(model, "has_kl", True)
+    found = {name for name in ("likelihood", "prior", "kl") if callable(getattr(model, name, None))}
+    found -= set() if closed else {"prior", "kl"}
     if guide.has_rsample:
         found.add("rsample")
-    match guide:
-        case Independent(base_dist=Normal()):
-            found.add("gaussian")
-        case Independent(base_dist=Bernoulli(), event_shape=(_,)):
-            found |= {"bernoulli", "discrete"}
-        case Independent(base_dist=OneHotCategorical(), event_shape=(_, _)):
-            found.add("discrete")
+    family, axes = type(getattr(guide, "base_dist", None)), len(guide.event_shape)  # a subclass may be another family
+    if isinstance(guide, Independent):
+        found |= {"gaussian"} if family is Normal else set()
+        found |= {"bernoulli", "discrete"} if family is Bernoulli and axes == 1 else set()
+        found |= {"discrete"} if family is OneHotCategorical and axes == 2 else set()
     if getattr(model, "relaxed", False):
         found.add("relaxed")
-    if callable(getattr(model, "kl", None)) and getattr(model, "has_kl", True):
-        found.add("kl")
     return found
 
 
