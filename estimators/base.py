@@ -243,5 +243,5 @@ def _must_be_of_shape(shape: Sequence[int], found: Mapping[str, Tensor | None]) 
     for name, values in found.items():
         if values is not None and tuple(values.shape) != tuple(shape):
             raise ValueError(
-                f"{name} has shape {tuple(values.shape)}, not {tuple(shape)}, a number per particle and data point"
+                f"{name} has shape {tuple(values.shape)}, not {tuple(shape)}: K and the batch shape of the guide"
             )

@@ -750,7 +750,7 @@ class OfShape(Stranger):
 @pytest.mark.parametrize("kind", ["summed", "one more"])
 @pytest.mark.parametrize(("word", "B"), [("sgvb-a", 3), ("iwae:K=3", 3), ("sgvb-a", 1), ("rloo:K=3", 3)])
 def test_a_joint_of_another_shape_is_refused(word: str, B: int, kind: str) -> None:
-    with pytest.raises(ValueError, match=r"log_joint\(x, z\) has shape .*, a number per particle and data point"):
+    with pytest.raises(ValueError, match=r"log_joint\(x, z\) has shape .*: K and the batch shape of the guide"):
         measure(Problem(OfShape(kind), data(B, 4).float()), parse(word), replicates=16)
 
 
