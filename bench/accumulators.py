@@ -1,7 +1,7 @@
 """Accumulators: each folds the gradients of one block of parameters into shard moments, the cheapest way that loses no digits.
 
-Per shard and coordinate they keep the sum of deviations from a pilot (near the first replicates' mean, where zero is too far)
-and of their squares: deviations are as small as the noise, so nothing cancels, however large the mean.
+Per shard and coordinate they keep the sum of deviations from a pilot (zero, or the first replicates' mean where that is large
+against the noise) and of their squares: deviations are as small as the noise, so nothing cancels, however large the mean.
 """
 
 from __future__ import annotations

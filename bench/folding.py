@@ -22,7 +22,7 @@ from gradiometer.estimators.noise import BLOCK
 from gradiometer.estimators.weights import effective_sample_size, log_mean_exp
 
 PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
-PULLING = 64  # of the projected ones, how many tell how a ratio hangs on its direction, which is a part of its error
+PULLING = 64  # of the projected ones, how many estimate the derivative of a ratio by its direction, for its error
 REMEDY = "measure in float64"
 SMALL = 2**12  # coordinates of a gradient up to which all of the second half are: it costs next to nothing
 
@@ -40,8 +40,8 @@ class Direction:
         norm: of the mean gradient.
         pulled: by parameter, the sum of what some replicates add to the derivative of the ratio by the direction.
         pulls: how many replicates.
-        signal: the first one's part of it that is the signal's. The mean of the signals is the norm's, whatever the direction, so
-            that theirs is no part of it; to first order the first one's is.
+        signal: the derivative of the signal term at the first replicate. It is subtracted from all, because the mean of the signals
+            is fixed to the norm and does not depend on the direction.
     """
 
     estimator: int

@@ -96,7 +96,7 @@ def snr_corrected(g: Sums) -> float:
     return squared_ratio(g).root
 
 
-LOUD = 2  # standard deviations of the noise along a mean, from which on it matters little which noise that is
+LOUD = 2  # the mean's norm over the noise along it, above which the shape of that noise hardly affects the ratio
 KNOWN = 10  # times its noise the square of a mean must be, for its direction to be known
 SURE = 100  # and for the noise along it
 

@@ -46,7 +46,7 @@ class Measurement:
         note: what went otherwise than planned.
         precision_met: whether the variances are as precise as asked, if that was asked.
         directed: the direction of the projections is a reference's.
-        turns: per group and shard of the first half, what `directional_snr` is off by as its direction lacks the shard.
+        turns: per group and shard of the first half, the first-order change of `directional_snr` without it in the direction.
         compared: by group, what its bias is told by, where there is something.
     """
 

@@ -27,8 +27,9 @@ class Metric:
         better: "lower", "higher" or "" where neither is better.
         reduction: how coordinates, replicates or data become one number.
         doc: the definition.
-        scale: what the interval is made on: "log" for a positive quantity, "biased log" for one that few replicates make too
-            large; "square" for an estimate of a square that may be negative, and "root" for its root, which is cut at zero.
+        scale: what the interval is made on: "log" for a positive quantity, "biased log" for one whose interval is widened by the
+            jackknife's estimate of its bias; "square" for an estimate of a square that may be negative, and "root" for its root,
+            which is cut at zero.
         version: raised when the definition changes.
         of: the function of the moments, where it is one.
         square: the function that gives the `Square`, on the scales that need it.

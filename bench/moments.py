@@ -33,7 +33,7 @@ def number_of(replicates: int, finer: int | None = None) -> int:
     """How many shards: `SHARDS`; of few replicates fewer, but 4, so that each half of them has one to leave out.
 
     Args:
-        finer: coordinates of a gradient, for shards that are as many times more as their memory allows.
+        finer: coordinates of a gradient, for four times as many shards if these are few, else twice.
     """
     times = 1 if finer is None else 4 if finer <= FINE else 2
     return min(times * SHARDS, max(4, replicates // 2))
@@ -55,7 +55,7 @@ def shards(replicates: int, number: int | None = None) -> list[range]:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Mean and unbiased variance of each coordinate over ``n`` replicates, in float64 made when they are read.
+    """Mean and unbiased variance of each coordinate over ``n`` replicates, computed in float64 on access.
 
     Attributes:
         shape: the parameter's.

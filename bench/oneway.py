@@ -1,4 +1,4 @@
-"""One-way analysis of variance: the noise within minibatches, and what their means differ by beyond it."""
+"""One-way analysis of variance: the variance within minibatches, and the excess variance between their means."""
 
 from __future__ import annotations
 

@@ -162,5 +162,5 @@ def pairs_of(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def twice(n: Tensor, m: Tensor) -> Tensor:
-    """How often an unordered pair stands in a square, ``[pairs, 1]``."""
+    """How often an unordered pair of rows occurs in a square: once for (n, n), else twice, ``[pairs, 1]``."""
     return 2.0 - (n == m).float().unsqueeze(-1)

@@ -189,7 +189,7 @@ def _probe(subject: Subject, seed: int) -> Rng:
 
 
 def chunk_size(wanted: int) -> int:
-    """Replicates per batch: about as many as `wanted`, in whole blocks of noise, or a part of one that leaves no rest."""
+    """Replicates per batch, about as many as `wanted`: a multiple of `BLOCK` or, if fewer, a power of two, which divides it."""
     wanted = min(max(wanted, 1), MOST)
     return wanted // BLOCK * BLOCK if wanted >= BLOCK else 2 ** wanted.bit_length() // 2
 

@@ -39,7 +39,7 @@ def jackknife(value: float, without: Sequence[float], *, positive: bool, biased:
         value: over all shards.
         without: over all shards but one, S of them.
         positive: make the interval for the logarithm, which keeps it positive and is right for ratios and variances.
-        biased: the statistic's own bias is no small part of its error, which is then the root of both, squared and added.
+        biased: add the jackknife estimate of the statistic's bias to its error, in quadrature.
 
     Returns:
         `value` itself, not the bias-corrected one, with an interval from Student's t with S - 1 degrees of freedom.

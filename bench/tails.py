@@ -66,7 +66,8 @@ def pareto_k(distance: Array) -> Value:
 
 
 def _shape(x: Array) -> float:
-    """Of exceedances in ascending order: the likelihood's mean over a grid of scales, drawn to 1/2 as by ten observations."""
+    """Of exceedances in ascending order: the mean over a grid of scales weighted by the profile
+    likelihood (Zhang & Stephens 2009), then shrunk towards 1/2 with the weight of ten observations (Vehtari et al. 2024)."""
     n = len(x)
     m = 30 + math.isqrt(n)
     scales = 1 / x[-1] + (1 - np.sqrt(m / (np.arange(1, m + 1) - 0.5))) / (3 * x[int(n / 4 + 0.5) - 1])

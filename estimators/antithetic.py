@@ -17,7 +17,7 @@ from gradiometer.estimators.registry import register
 @register
 @dataclass(frozen=True)
 class DisARM(Estimator):
-    """Antithetic gradient of the ELBO for Bernoulli latents: ARM, averaged over what its pair does not tell (Dong et al. 2020).
+    """Antithetic gradient of the ELBO for Bernoulli latents (Dong et al. 2020): ARM, its uniforms integrated out given the pair.
 
     The same estimate as U2G (Yin et al. 2020). The K particles are K/2 pairs.
     """

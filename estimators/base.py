@@ -53,7 +53,7 @@ class Facts:
         variants: settings that change what is claimed, to be checked like estimators of their own.
         couples_data: the gradient of one data point depends on the others of its batch.
         replicates_as_rows: false if replicates cannot be rows of one batch (it perturbs network weights, say).
-        cite: BibTeX key.
+        cite: a BibTeX key for the paper that the docstring names.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Facts:
 
     @property
     def in_batches(self) -> bool:
-        """Whether replicates can be rows of one batch: data points do not touch, and it says no other."""
+        """Whether replicates can be rows of one batch: data points do not interact, and nothing else forbids it."""
         return self.replicates_as_rows and not self.couples_data
 
     def objective_of(self, group: str) -> str:

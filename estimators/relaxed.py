@@ -34,7 +34,7 @@ class Concrete(Estimator):
     """Pathwise gradient of the ELBO at relaxed latents, Bernoulli or one-hot (Maddison et al. 2017; Jang et al. 2017).
 
     Exact for the mean of ``log p(x, s) - log q(s|x)`` at ``s = sigma_tau(z)``, where q is still the probability of a latent, as a
-    formula in s; biased for the ELBO, less the smaller tau is, and then the noisier.
+    formula in s; biased for the ELBO: as tau falls, the bias shrinks and the variance grows.
     """
 
     tau: float = 0.5

@@ -20,7 +20,7 @@ from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import estimated, trainable
 from gradiometer.estimators.base import Estimator
 
-LEVEL = 1000.0  # nats: the joint of a picture
+LEVEL = 1000.0  # nats by which log p is shifted, as large as the log joint of an image
 Planted = Callable[[Gradients], Gradients]  # what a fault in single layers does to a gradient
 
 

@@ -264,7 +264,7 @@ def _over(
     total = {name: torch.zeros_like(p) for members in parameters.values() for name, p in members.items()}
     of_weights = own = None
 
-    def mean(values: Tensor) -> Tensor:  # what is drawn later weighs nothing yet
+    def mean(values: Tensor) -> Tensor:  # the weights so far: later draws integrate to one
         return (nodes.log_weight.softmax(0) * values).sum(0).mean() if rows else values.mean()
 
     for surrogate in surrogates(estimator, world.model, x, nodes, state):  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ class Thoroughness:
     everywhere: bool
 
 
-DECLARED = ("biased as declared", "rescaled as declared")  # claims of what is no virtue
+DECLARED = ("biased as declared", "rescaled as declared")  # claims that admit a defect
 LEVELS: dict[str, Thoroughness] = {
     "quick": Thoroughness((2, 3), Effort(randomisations=16), Schedule(256, 4, 1e-5), False),
     "full": Thoroughness((1, 2, 3, 4), Effort(points=13), Schedule(256, 7, 1e-5), True),
@@ -162,7 +162,7 @@ def _statistical(estimator: Estimator, worlds: Sequence[World], how: Thoroughnes
 
 
 def _settled(claims: Sequence[Claim]) -> list[Claim]:
-    """What was declared a fault need show on one world only; where it does not, on none, the claim is broken."""
+    """A declared bias or rescaling must be seen on at least one world; if on none, the claim is broken."""
     shown = {(c.name, c.group) for c in claims if c.name in DECLARED and c.holds}
     kept = [c for c in claims if c.name not in DECLARED or c.holds is not False]
     missing: dict[tuple[str, str], Claim] = {}

@@ -1,7 +1,8 @@
 """Gradients against finite differences of exact means, where the guide's particles alone do not give the objective.
 
 A nested estimator moves its particles by kernels that it learns, and ascends a bound of the last weights; a relaxation ascends the
-mean of a function that is not the objective. Whatever is drawn, means can be had at shifted parameters, on the same nodes.
+mean of a function that is not the objective. That mean can be evaluated at shifted parameters on the same quadrature nodes, which
+gives a finite difference.
 """
 
 from __future__ import annotations

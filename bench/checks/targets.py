@@ -60,7 +60,7 @@ def sampled(world: World, objective: Objective, K: int, effort: Effort, seed: in
 
 
 def _probability(log_weight: Tensor, log_q: Tensor) -> Tensor:
-    """Of each multiset, ``[T, B]``, with its graph; nodes of a quadrature move with the guide, and weigh the same."""
+    """Of each multiset, ``[T, B]``, differentiable for discrete latents; quadrature nodes keep their weights, and move instead."""
     return log_weight.exp().unsqueeze(-1) if log_weight.dim() == 1 else (log_weight + log_q.sum(0)).exp()
 
 

@@ -4,7 +4,8 @@ At each look the fresh replicates are as many as all before them. Suspects are s
 block (a tensor, a group, everything) seems biased, each block's scale, and random projections. They are few and named before the
 data that try them are seen, so Bonferroni's bound over suspects and looks costs little, and their thresholds are those of a t
 statistic in its centre rather than far in its tail. Whatever the correlations between coordinates, the rate of false alarms is at
-most `alpha`, if the mean of the first replicates is about normal: not where an event decides it that few of them see.
+most `alpha`, if the mean of the first replicates is about normal; it may be more where rare events, that hardly any replicate
+contains, decide the mean.
 """
 
 from __future__ import annotations
