@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -20,6 +18,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from gradiometer.bench import atomic
 from gradiometer.bench.data import Dataset, load
 from gradiometer.bench.data.files import cache_folder
 from gradiometer.bench.errors import RequestError
@@ -156,7 +155,7 @@ def named_problem(word: str, batch: int = 20) -> Problem:
         raise RequestError(f"{parts.name} has {len(x)} data points, fewer than a batch of {batch}")
     about["digest"] = digest(model, x, held_out)
     minibatch = partial(_drawn, take, size, batch) if size > 1 else None
-    return Problem(model, x, size, word, held_out, about, minibatch)
+    return Problem(model, x, word, held_out, about, minibatch)
 
 
 def _drawn(
@@ -227,14 +226,11 @@ def _run_reference(name: str, reference: Reference, dataset: Dataset) -> None:
 
 
 def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        atomic.write(path, save({n: t.contiguous() for n, t in tensors.items()}))
     except OSError as error:
         raise RequestError(
             f"the snapshot {path} cannot be written ({error.strerror}); XDG_CACHE_HOME moves the cache"

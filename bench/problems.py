@@ -21,7 +21,6 @@ class Problem:
     Args:
         model: any `LatentVariableModel`, of which the problem keeps a copy in evaluation mode.
         x: the minibatch ``[B, ...]``, already binarised.
-        N: size of the data set it stands for, for guides over global parameters.
         name: as typed, ``digits-vae@late``.
         held_out: data on which active units are counted.
         about: columns of the rows: model, dataset, snapshot, digest.
@@ -31,7 +30,6 @@ class Problem:
 
     model: Any
     x: Tensor
-    N: int | None = None
     name: str = "problem"
     held_out: Tensor | None = None
     about: dict[str, str] = field(default_factory=dict)

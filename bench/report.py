@@ -1,9 +1,7 @@
 """Rows to tables, figures and one HTML page that opens from a file."""
 
 import base64
-import contextlib
 import difflib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from gradiometer.bench import plots, selection, tables, typeset
+from gradiometer.bench import atomic, plots, selection, tables, typeset
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.findings import findings
 from gradiometer.bench.metrics import METRICS
@@ -210,13 +208,9 @@ def _put(path: Path, content: bytes) -> Path:
     Raises:
         RequestError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content)
-        draft.replace(path)
+        atomic.write(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
         raise RequestError(f"{path} cannot be written: {error.strerror}") from None
     return path

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradiometer.bench import atomic
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.records import passed
 
@@ -57,18 +57,10 @@ def publish(path: Path, content: Mapping[str, Any]) -> None:
         RequestError: the disk is full, or the folder is gone.
     """
     text = json.dumps(_plain(content), indent=1, allow_nan=False)
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise RequestError(f"{path} cannot be written: {error.strerror}") from None
-        raise
+        atomic.write(path, f"{text}\n".encode())
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def write_cell(folder: Path, key: str, rows: list[dict[str, Any]], manifest: Mapping[str, str]) -> None:

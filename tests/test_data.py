@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -598,21 +597,22 @@ def test_an_interrupted_write_leaves_nothing(
     toy(monkeypatch, put(tmp_path, "mirror/toy.npz", TOY).as_uri())
     seen = []
 
-    def fail(*_: object) -> None:
+    def fail(*_: object) -> int:
         seen.extend(leftovers(cache))
         raise error
 
     if step == "replace":
         monkeypatch.setattr(os, "replace", fail)
     else:
-        make = download.tempfile.NamedTemporaryFile
+        make = Path.write_bytes
 
-        def broken(**options: Any) -> object:
-            file = make(**options)
-            monkeypatch.setattr(file, "write", fail)
-            return file
+        def broken(self: Path, content: bytes) -> int:
+            if self.parent.parent != cache:
+                return make(self, content)
+            make(self, content[:-1])
+            return fail()
 
-        monkeypatch.setattr(download.tempfile, "NamedTemporaryFile", broken)
+        monkeypatch.setattr(Path, "write_bytes", broken)
     with pytest.raises(RequestError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
         load("toy")
     if isinstance(error, OSError):

@@ -26,7 +26,7 @@ ESTIMATOR_STAIRS = (
     {"(families)"},
 )
 BENCH_STAIRS = (
-    {"errors", "formulas"},
+    {"atomic", "errors", "formulas"},
     {"data", "metrics", "statistics", "machine"},
     {"console", "records", "tails"},
     {"models", "products"},

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import http.client
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from gradiometer.bench import atomic
 from gradiometer.bench.errors import RequestError
 
 TIMEOUT = 20.0  # seconds without an answer before the next address is tried
@@ -78,20 +77,11 @@ def _words(error: Exception) -> str:
 
 
 def _publish(path: Path, content: bytes) -> None:
-    """Write a file whole: a reader sees all of it or none, whatever happens to us and whoever else writes it."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-        os.replace(temporary, path)
-        temporary = None
+        atomic.write(path, content)
     except OSError as error:
         raise RequestError(f"the download {path} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
 
 
 @contextmanager
