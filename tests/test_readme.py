@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from gradiometer.bench.cli import main
 from gradiometer.bench.metrics import METRICS
+from gradiometer.bench.suite import BLOCKS, Suite, read
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,17 @@ def test_the_estimator_of_the_readme_is_checked_and_measured_from_a_file(tmp_pat
     result = CliRunner().invoke(main, asked, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "tempered:K=8,temperature=4.0" in result.output
+
+
+def test_the_suite_of_the_readme_is_one_with_every_kind_of_block(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
+    _, suite = read(str(tmp_path / "mine.toml"), ())
+    kinds = [cell.kind for cell, _ in suite.cells()]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"gradient": 18 + 2 + 2, "cost": 6, "training": 6}
+    keys = {name for block in BLOCKS.values() for name in block.model_fields} | {*Suite.model_fields}
+    section = README.partition("## Write a suite")[2].partition("## ")[0]
+    assert {name for name in keys if not re.search(rf"\b{name}\b", section)} == set()
 
 
 def test_every_metric_is_explained_and_no_other():
