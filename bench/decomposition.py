@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradiometer.bench.accumulators import Accumulator, Piece, accumulator
+from gradiometer.bench.accumulators import Accumulator, Piece
 from gradiometer.bench.errors import RequestError
-from gradiometer.bench.folding import Failure
+from gradiometer.bench.folding import Failure, accumulators
 from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.measured import columns_of, columns_of_group, row_of
 from gradiometer.bench.measurement import Ways
@@ -28,7 +28,7 @@ from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.products import full_precision
 from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, Subject, draws
 from gradiometer.bench.statistics import Value
-from gradiometer.bench.tape import NotRows, Part, Pass
+from gradiometer.bench.tape import NotRows, Part
 from gradiometer.bench.training import evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator
 
@@ -214,20 +214,14 @@ class _Minibatch:
         middle = replicates.start + len(replicates) // 2  # two halves, since moments are also made without each
         for at, made in draws(plan, seed, replicates):
             if not self._sums:
-                self._begin(made, plan.engine == "ghost")
+                self._parts = made.parts
+                self._sums = accumulators(made, FIRST, 2, traces=plan.engine == "ghost")
             if made.parts != self._parts:
                 raise NotRows("what its gradients are made of changes between replicates")
             cut = min(max(0, middle - at.start), len(at))
             halves = Piece(0, slice(0, cut)), Piece(1, slice(cut, len(at)))
             for name, block in made.blocks.items():
                 self._sums[name].fold(block, [piece for piece in halves if len(piece)])
-
-    def _begin(self, made: Pass, traces: bool) -> None:
-        self._parts = made.parts
-        for name, block in made.blocks.items():
-            parts = [part for of in made.parts for part in of.values() if part.block == name]
-            slices = dict.fromkeys((part.columns.start, part.columns.stop) for part in parts)
-            self._sums[name] = accumulator(block[:FIRST], 2, slices, traces=traces)
 
     def moments(self, estimator: int, name: str, size: int) -> tuple[Array, float]:
         """A parameter's mean gradient ``[P]``, and the trace of its covariance."""

@@ -264,10 +264,7 @@ class Folding:
 
     def _begin(self, made: Pass) -> None:
         self.parts = made.parts
-        for name, block in made.blocks.items():
-            parts = [part for of in made.parts for part in of.values() if part.block == name]
-            slices = dict.fromkeys((part.columns.start, part.columns.stop) for part in parts)
-            self.sums[name] = accumulator(block[:BLOCK], self.number, slices, traces=self.traces)
+        self.sums = accumulators(made, BLOCK, self.number, traces=self.traces)
 
     def _of(self, estimator: int, group: str) -> list[tuple[str, Part]]:
         found = self.parts[estimator]
@@ -322,6 +319,16 @@ class Folding:
             start, stop = max(shard.start, replicates.start), min(shard.stop, replicates.stop)
             if start < stop:
                 yield Piece(number, slice(start - replicates.start, stop - replicates.start))
+
+
+def accumulators(made: Pass, few: int, shards: int, *, traces: bool) -> dict[str, Accumulator]:
+    """One for each block of a pass, as its first `few` replicates suggest."""
+    found = {}
+    for name, block in made.blocks.items():
+        parts = [part for of in made.parts for part in of.values() if part.block == name]
+        slices = dict.fromkeys((part.columns.start, part.columns.stop) for part in parts)
+        found[name] = accumulator(block[:few], shards, slices, traces=traces)
+    return found
 
 
 def _key(parts: Mapping[str, Part]) -> tuple[tuple[str, int | None], ...]:
