@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -65,8 +66,8 @@ def screen() -> Any:
     """A rich console."""
     from rich.console import Console
 
-    # A pipe has no width: 120 columns hold the table.
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    # A pipe has no width: 120 columns hold the table, if COLUMNS does not say otherwise.
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=120)
 
 
 class Echo(logging.Handler):

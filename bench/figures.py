@@ -192,6 +192,7 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
             if total > 0:
                 ratios = [100 * v / of for v, of in zip(value.jackknife, without, strict=False)]
                 share = statistics.jackknife(100 * value.value / total, ratios, positive=True)
+                share = statistics.exact(100.0) if len(values) == 1 else share
                 numbers = {name: getattr(share, name) for name in ("value", "stderr", "low", "high")}
                 found.append(row.to_dict() | numbers | {"unit": "%"})
     return pd.DataFrame(found, columns=parts.columns)

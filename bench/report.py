@@ -63,7 +63,9 @@ def write(
     tidied = selection.tidy(rows)
     figures = plots.plots(tidied) if {"html", *plots.FORMATS} & set(wanted) else []
     title = f"Gradient estimators compared: {suite['title']}" if suite.get("title") else _title(tidied)
-    lead = " ".join(filter(None, [str(suite.get("description", "")).strip(), _summary(tidied)]))
+    said = str(suite.get("description", "")).strip()
+    said += "." if said and said[-1] not in ".!?:;" else ""
+    lead = " ".join(filter(None, [said, _summary(tidied)]))
     found = tables.tables(tidied)
     contents = _Contents(title, lead, tidied, found, figures, findings(tidied), _facts(tidied, rows, machine))
     images = {form: {plot.name: plots.rendered(plot, form) for plot in figures} for form in _image_forms(wanted)}

@@ -24,6 +24,7 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         if "MPLCONFIGDIR" not in os.environ and os.access(home, os.W_OK):
             patch.setenv("MPLCONFIGDIR", str(home / "matplotlib"))
         patch.setenv("XDG_CACHE_HOME", str(shared))
+        patch.delenv("COLUMNS", raising=False)  # the width of whoever runs them
         yield shared
 
 

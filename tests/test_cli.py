@@ -526,3 +526,26 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"{sys.executable} -m gradiometer.bench.cli list metrics | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=os.environ)
     assert done.stderr == ""
+
+
+def test_a_pipe_is_as_wide_as_columns_says(gradiometer: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["measure", "gaussian-toy:units=2", "-e", "stl", "--replicates", 16, "-m"]
+    metrics = [
+        "variance",
+        "-m",
+        "snr",
+        "-m",
+        "snr_corrected",
+        "-m",
+        "directional_snr",
+        "-m",
+        "cosine",
+        "-m",
+        "pareto_k",
+    ]
+    narrow = gradiometer(*asked, *metrics).stdout
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = gradiometer(*asked, *metrics).stdout
+    assert max(map(len, narrow.splitlines())) <= 120
+    assert "narrow" in narrow
+    assert "narrow" not in wide

@@ -532,7 +532,7 @@ def test_a_directional_ratio_without_an_interval_is_explained() -> None:
 
 def test_a_report_has_the_suites_own_words_and_the_formulas_of_what_it_shows(tmp_path: Path) -> None:
     rows = pd.DataFrame([*EVERY_MARK, bare("mine", 1.0, 0.9, 1.1, metric="bias", biased=True)])
-    report.write(rows, tmp_path, {"html", "md"}, {}, {"title": "Mine & <b>", "description": "What it is for.\n"})
+    report.write(rows, tmp_path, {"html", "md"}, {}, {"title": "Mine & <b>", "description": "What it is for\n"})
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     assert "<h1>Gradient estimators compared: Mine &amp; &lt;b&gt;</h1>" in page
     assert "What it is for. " in page
