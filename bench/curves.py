@@ -132,7 +132,8 @@ def cost_plane(found: pd.DataFrame, unknown: pd.DataFrame, problem: str, budget:
     figure.set_layout_engine("none")
     for axes, group in zip(row, groups, strict=True):
         points = found[found["group"] == group]
-        names = [canvas.wrapped(label + signs[label]) for label in points["label"]]
+        own = selection.marks(points)  # of this group
+        names = [canvas.wrapped(label + own[label]) for label in points["label"]]
         place_labels(axes, list(zip(points["cost"], points["value"], strict=True)), names, axes.lines[-1:])
     error = "mean squared error" if of == "mse" else "variance"
     caption = (

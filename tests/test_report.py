@@ -614,6 +614,21 @@ def test_every_figure_marks_what_is_unchecked_biased_or_heavy() -> None:
     assert all("No estimator here has passed a check." in plot.caption for plot in none)
 
 
+def test_points_of_a_panel_carry_the_marks_of_its_group() -> None:
+    rows = [
+        bare(word, value, 0.9 * value, 1.1 * value, group=group, biased=word == "mine" and group == "inference")
+        for word, value in (("good", 1.0), ("mine", 2.0))
+        for group in ("generative", "inference")
+    ]
+    rows.append(bare("mine", 2.0, 1.9, 2.1, group="inference", metric="mse", biased=True))
+    time = {"metric": "seconds_per_gradient", "kind": "cost", "group": ""}
+    rows += [bare(word, value, 0.9 * value, 1.1 * value, **time) for word, value in (("good", 1.0), ("mine", 2.0))]
+    plot = next(plot for plot in plots.plots(pd.DataFrame(rows)) if plot.name == "cost-toy")
+    shown = {axes.get_title(): {text.get_text() for text in axes.texts} for axes in plot.figure.axes}
+    assert "mine" in shown["generative parameters"]
+    assert "mine §" in shown["inference parameters"]
+
+
 # Parts of a variance
 
 
