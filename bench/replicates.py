@@ -232,13 +232,13 @@ def _objection(batch: Batch, made: Pass, position: int, subjects: Sequence[Subje
 
 def _seen(batch: Batch, subject: Subject, seed: int) -> str | None:
     """What a comparison of gradients may miss, since it is rare, or small in one gradient and not in the mean of many."""
-    before = torch.random.get_rng_state()
-    with batch.network.aside() as parameters, Values([*subject.model.parameters(), *subject.model.buffers()]) as values:
-        made = list(
-            surrogates(
-                subject.estimator, subject.model, subject.x, Rng(seed, 1, "measure", subject.x.device), subject.state
-            )
-        )
+    before, rng = torch.random.get_rng_state(), Rng(seed, 1, "measure", subject.x.device)
+    constants = [*subject.model.parameters(), *subject.model.buffers()]
+    try:
+        with batch.network.aside() as parameters, Values(constants) as values:
+            made = list(surrogates(subject.estimator, subject.model, subject.x, rng, subject.state))
+    except Exception as error:  # a stranger's code may not bear to be watched
+        return f"watched as it is made, there is a {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if not torch.equal(before, torch.random.get_rng_state()):
         torch.random.set_rng_state(before)
         return "it draws noise of its own, from torch's global generator, so that the same seed does not give the same numbers"

@@ -688,7 +688,15 @@ class Elsewhere(Stranger):
             return found + torch.where(z[..., 0] > 5, nn.functional.linear(z, self.decoder.weight).sum(-1), 0.0)
         if self.kind == "dropout":
             return nn.functional.dropout(found, training=True)
+        if self.kind == "shy":
+            hook = self.decoder.register_forward_pre_hook(lambda layer, given: self.looked_at(layer))
+            super().log_joint(x, z)
+            hook.remove()
         return found
+
+    def looked_at(self, layer: nn.Module) -> None:
+        if not layer.weight.requires_grad:
+            raise RuntimeError("do not look")
 
 
 @pytest.mark.parametrize(
@@ -698,6 +706,7 @@ class Elsewhere(Stranger):
         ("prior", "parameter 'decoder.weight' is used outside of its layer's calls"),
         ("expert", "parameter 'decoder.weight' is used outside of its layer's calls"),
         ("dropout", "it draws noise of its own"),
+        ("shy", "watched as it is made, there is a RuntimeError: do not look"),
     ],
 )
 @pytest.mark.parametrize("word", ["iwae:K=2", "sgvb-a", "rloo:K=2"])
