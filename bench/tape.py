@@ -139,20 +139,25 @@ class Network:
         def before(layer: nn.Module, given: Any) -> None:
             layer.__dict__.update({name: p.detach() for name, p in layer._parameters.items() if p is not None})
 
-        def after(layer: nn.Module, given: Any, output: Tensor) -> Tensor:
+        def back(layer: nn.Module) -> None:
             for name in layer._parameters:
                 layer.__dict__.pop(name, None)
+
+        def after(layer: nn.Module, given: Any, output: Tensor) -> Tensor:
+            back(layer)
             # As if by the weight; no leaf, which could not be overwritten.
             return output if output.requires_grad else output.requires_grad_().clone()
 
         handles = [layer.register_forward_pre_hook(before) for layer in self.layers]
-        handles += [layer.register_forward_hook(after, always_call=True) for layer in self.layers]
+        handles += [layer.register_forward_hook(after) for layer in self.layers]
         found = {self.owner.get(id(p), ""): p for layer in self.layers for p in layer.parameters(recurse=False)}
         try:
             yield {name: p for name, p in found.items() if name}
         finally:
             for handle in handles:
                 handle.remove()
+            for layer in self.layers:
+                back(layer)
 
 
 class _Guide:
