@@ -50,7 +50,7 @@ EVALUATION_PARTICLES = 64
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement; every field can change its numbers.
+    """One measurement; every field that its kind reads can change its numbers.
 
     Of a gradient, `metrics` are those that must be among the rows (all if none is named); `precision`, `budget` and `memory` are as
     `measure_all` takes them; `tensors` adds rows of single parameters. With `minibatches` its variance is decomposed, and
