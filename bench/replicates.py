@@ -238,6 +238,7 @@ def _seen(batch: Batch, subject: Subject, seed: int) -> str | None:
         with batch.network.aside() as parameters, Values(constants) as values:
             made = list(surrogates(subject.estimator, subject.model, subject.x, rng, subject.state))
     except Exception as error:  # a stranger's code may not bear to be watched
+        _one(subject, Rng(seed, 1, "measure", subject.x.device))  # raises, if it is wrong by itself
         return f"watched as it is made, there is a {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if not torch.equal(before, torch.random.get_rng_state()):
         torch.random.set_rng_state(before)
