@@ -283,7 +283,11 @@ def compare(folders: tuple[Path, ...], metric: str, baseline: str) -> None:
     measured = set(rows["estimator"])
     if baseline not in measured and (canonical := _canonical(baseline)) in measured:
         baseline = canonical
-    screen().print(terminal.verdicts(ratios(rows, metric, baseline), checked=bool(rows["checked"].any())))
+    found = ratios(rows, metric, baseline)
+    screen().print(terminal.verdicts(found, checked=bool(rows["checked"].any())))
+    problems = rows[(rows["metric"] == metric) & (rows["status"] == "ok")].groupby("problem")["estimator"].agg(set)
+    if without := [str(problem) for problem, words in problems.items() if baseline not in words]:
+        click.echo(f"left out, since {baseline} was not measured there: {', '.join(without)}", err=True)
 
 
 @main.command()

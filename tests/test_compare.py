@@ -333,6 +333,19 @@ def test_the_command_refuses_in_one_sentence_and_names_folders(tmp_path: Path) -
     assert "needs 0.5x" in alone.stdout
 
 
+def test_problems_without_the_baseline_are_named(tmp_path: Path) -> None:
+    store.open_for_writing(tmp_path)
+    here = [row("iwae:K=8", 4.0, noise(0)), row("dreg", 2.0, noise(1))]
+    there = [row("iwae:K=4", 4.0, noise(0), problem="vae@init"), row("dreg", 2.0, noise(1), problem="vae@init")]
+    for number, cell in enumerate([*here, *there]):
+        store.write_cell(tmp_path, f"c{number}", [{n: v for n, v in cell.items() if n != "cell"}], {"machine": "fast"})
+    store.write_index(tmp_path, "mine", "", "", [f"c{number}" for number in range(4)])
+    said = CliRunner().invoke(main, ["compare", str(tmp_path), "--baseline", "iwae"])
+    assert said.exit_code == 0, said.stderr
+    assert "needs 0.5x" in said.stdout
+    assert said.stderr == "left out, since iwae:K=8 was not measured there: vae@init\n"
+
+
 # Work-normalised variance.
 
 
