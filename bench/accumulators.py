@@ -177,8 +177,13 @@ class Dense(Coordinates):
             for together in at_once:
                 values = columns_of(part[slice(together[0].rows.start, together[-1].rows.stop)])
                 deviations = values if self.pilot is None else values - self.pilot.dense[start : start + wide]
-                add_rows(self.first[:, start : start + wide], deviations, together)
-                add_rows(self.second[:, start : start + wide], deviations.square(), together)
+                first, second = (of[:, start : start + wide] for of in (self.first, self.second))
+                if len(deviations) == 1:  # a loop's, for which no square is made
+                    first[together[0].shard].add_(deviations[0])
+                    second[together[0].shard].addcmul_(deviations[0], deviations[0])
+                else:
+                    add_rows(first, deviations, together)
+                    add_rows(second, deviations.square(), together)
             start += wide
         return {}
 
@@ -367,7 +372,7 @@ def add_rows(sums: Tensor, values: Tensor, pieces: Sequence[Piece]) -> None:
         sums += torch.zeros_like(sums).index_add_(0, shards, values.contiguous())
     else:
         for piece, own in zip(pieces, values.split([len(piece) for piece in pieces]), strict=True):
-            sums[piece.shard] += own[0] if len(own) == 1 else own.sum(0)
+            sums[piece.shard] += own.sum(0)
 
 
 class Cancelled(Exception):

@@ -152,7 +152,7 @@ class Beside:
 def columns_of(gradients: Tensor | Outer) -> Tensor:
     """Gradients ``[r, *n, columns]`` as ``[r, P]``, the coordinates of each column together."""
     dense = gradients.dense() if isinstance(gradients, Outer) else gradients
-    return dense.movedim(-1, 1).flatten(1)
+    return dense if dense.dim() == 2 else dense.movedim(-1, 1).flatten(1)
 
 
 def pairs_of(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
