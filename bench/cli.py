@@ -285,8 +285,9 @@ def compare(folders: tuple[Path, ...], metric: str, baseline: str) -> None:
         baseline = canonical
     found = ratios(rows, metric, baseline)
     screen().print(terminal.verdicts(found, checked=bool(rows["checked"].any())))
-    problems = rows[(rows["metric"] == metric) & (rows["status"] == "ok")].groupby("problem")["estimator"].agg(set)
-    if without := [str(problem) for problem, words in problems.items() if baseline not in words]:
+    ok = rows[rows["status"] == "ok"]
+    has = {*ok.loc[ok["estimator"] == baseline, "problem"]}  # of an unbiased one's error, too, which is its variance
+    if without := sorted({*ok.loc[ok["metric"] == metric, "problem"]} - has):
         click.echo(f"left out, since {baseline} was not measured there: {', '.join(without)}", err=True)
 
 

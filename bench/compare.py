@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradiometer.bench import statistics
-from gradiometer.bench.efficiency import whole, widened
+from gradiometer.bench.efficiency import mse_or_variance, whole, widened
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.metrics import COST, METRICS
 from gradiometer.bench.statistics import Value
@@ -20,13 +20,8 @@ SAME_NOISE = ("seed", "replicates", "B", "digest")
 MACHINE = {"device": "device", "machine": "machine", "dtype": "precision", "threads": "number of threads"}
 TIMED = frozenset(COST) - {"evaluations", "variance_evaluations"}  # what depends on the machine
 NOISY = ("variance", "variance_seconds", "variance_evaluations", "snr", "snr_corrected", "directional_snr")
-SCALED = (
-    "variance",
-    "variance_seconds",
-    "variance_evaluations",
-    "gradient_norm",
-    "mse",
-)  # by the square of the gradient's scale
+# What a factor of the gradient changes.
+SCALED = ("variance", "variance_seconds", "variance_evaluations", "gradient_norm", "mse")
 NEEDS = {  # what a ratio of variances, with or without costs, is a ratio of
     "variance": "the replicates of {} for the same error",
     "variance_evaluations": "the evaluations of {} for the same error",
@@ -39,7 +34,6 @@ class Ratio:
     """An estimator's value over the baseline's; `paired` if both saw the same noise, `remarks` on what limits it.
 
     `same_scale` unless one of the two is declared rescaled, so that a ratio of variances says nothing of replicates.
-
     `folder` and `against_folder` are named where the results are of several folders.
     """
 
@@ -113,14 +107,12 @@ def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
 
 
 def _squared_errors(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean squared errors, which are variances where nothing is biased."""
+    """Mean squared errors, which are variances where nothing is biased; none where no bias was measured."""
     import pandas as pd
 
-    key = ["folder", "cell", "problem", "estimator", "group"]
-    known, variance = (rows[rows["metric"] == metric].set_index(key, drop=False) for metric in ("mse", "variance"))
-    unbiased = variance[~variance["biased"] & ~variance["rescaled"] & ~variance.index.isin(known.index)]
-    found = [known, unbiased.assign(metric="mse", version=METRICS["mse"].version)] if len(known) else []
-    return pd.concat(found, ignore_index=True) if found else rows[rows["metric"] == "mse"]
+    known, alone = mse_or_variance(rows, ["folder", "cell", "problem", "estimator", "group"])
+    unbiased = alone[~alone["biased"] & ~alone["rescaled"]].assign(metric="mse", version=METRICS["mse"].version)
+    return pd.concat([known, unbiased], ignore_index=True) if len(known) else known
 
 
 def paired_ratio(a: Any, b: Any) -> Value | None:

@@ -65,10 +65,8 @@ def learning_curves(found: pd.DataFrame, metric: str, problem: str, look: Mappin
     several = {
         series: list(dict.fromkeys(found.loc[found["series"] == series, "label"])) for series in set(found["series"])
     }
-    drawn, signs = (
-        {},
-        selection.marks(found.assign(biased=False, rescaled=False, tails="")),
-    )  # a run shows what its bias leads to
+    drawn = {}
+    signs = selection.marks(found.assign(biased=False, rescaled=False, tails=""))  # a run shows what its bias leads to
     for label in final.index:
         line = found[found["label"] == label].sort_values("step")
         name = line["series"].iloc[0]

@@ -42,6 +42,19 @@ def whole(rows: pd.DataFrame) -> pd.Series:
     return (rows["tensor"] == "") & rows["randomness"].isin(["estimator", ""]) & rows["minibatches"].isna()
 
 
+def mse_or_variance(rows: pd.DataFrame, key: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The mean squared errors of groups, and the variances of those groups that have none, or have one in a unit of their own.
+
+    Args:
+        rows: of whole gradients.
+        key: the columns that tell one group's gradient from another's.
+    """
+    of_groups = rows[(rows["group"] != "") & rows["value"].notna()]
+    known, variance = (of_groups[of_groups["metric"] == metric] for metric in ("mse", "variance"))
+    known = known[~known["rescaled"]]
+    return known, variance[~variance.set_index(key).index.isin(known.set_index(key).index)]
+
+
 def _product(row: dict[str, Any], cost: dict[str, float], name: str) -> dict[str, Any]:
     """Relative errors add in quadrature: the two are measured independently."""
     metric, price = METRICS[name], cost["value"]
@@ -132,9 +145,7 @@ def widened(value: Value, *slacks: float) -> Value:
     if not any(slacks):
         return value
     further = [normal() * slack for slack in slacks]
-    down, up = (
-        math.hypot(math.log(value.value / value.low), *further),
-        math.hypot(math.log(value.high / value.value), *further),
-    )
+    sides = value.value / value.low, value.high / value.value
+    down, up = (math.hypot(math.log(side), *further) for side in sides)
     stderr = value.value * math.hypot(value.stderr / value.value, *slacks)
     return Value(value.value, stderr, value.value * math.exp(-down), value.value * math.exp(up))

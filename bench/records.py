@@ -123,7 +123,7 @@ def code_alone(source: str) -> str:
     >>> code_alone('def f() -> int:  # why' + chr(10) + '    "What it gives."' + chr(10) + '    return 1')
     'def f() -> int:\\n    return 1'
     """
-    lines = source.splitlines()
+    lines = source.split("\n")  # as tokens count them: other separators may stand in a string
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start

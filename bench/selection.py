@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from gradiometer.bench.efficiency import whole
+from gradiometer.bench.efficiency import mse_or_variance, whole
 from gradiometer.bench.records import series_of
 
 __all__ = [
@@ -47,6 +47,7 @@ _NUMBERS = ("step", "seconds", "K", "B", "evaluations", "value", "stderr", "low"
 _DEFAULTS: dict[str, Any] = dict.fromkeys(_TEXT, "") | dict.fromkeys(_NUMBERS, math.nan)
 _DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "biased": False, "rescaled": False}
 _DEFAULTS |= {"jackknife": None, "precision_met": None}
+_GROUP = ["problem", "label", "group"]
 _SETTINGS = {"B": "B", "device": "device", "dtype": "dtype", "digest": "parameters"}  # and how labels call them
 _SNAPSHOTS = ("init", "early", "late")
 _GROUPS = ("generative", "inference")
@@ -118,24 +119,15 @@ def squared_errors(measured: pd.DataFrame) -> pd.DataFrame:
     Groups that are declared biased, and whose bias was not measured, are left out: their error is not known. So are those that are
     declared rescaled, whose errors are not in the unit of the others'.
     """
-    known, alone = _mse_or_variance(measured)
+    known, alone = mse_or_variance(measured, _GROUP)
     unbiased = alone[~alone["biased"] & ~alone["rescaled"]]
     return pd.concat([known, unbiased], ignore_index=True) if len(known) else unbiased
 
 
 def of_unknown_error(measured: pd.DataFrame) -> pd.DataFrame:
     """The variances of biased and of rescaled groups that `squared_errors` leaves out."""
-    _, alone = _mse_or_variance(measured)
+    _, alone = mse_or_variance(measured, _GROUP)
     return alone[alone["biased"] | alone["rescaled"]]
-
-
-def _mse_or_variance(measured: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The mean squared errors of groups, and the variances of those groups that have none, or have one in a unit of their own."""
-    key = ["problem", "label", "group"]
-    of_groups = measured[(measured["group"] != "") & measured["value"].notna()]
-    known, variance = (of_groups[of_groups["metric"] == metric] for metric in ("mse", "variance"))
-    known = known[~known["rescaled"]]
-    return known, variance[~variance.set_index(key).index.isin(known.set_index(key).index)]
 
 
 def marks(found: pd.DataFrame, by: str = "label") -> dict[str, str]:

@@ -346,6 +346,18 @@ def test_problems_without_the_baseline_are_named(tmp_path: Path) -> None:
     assert said.stderr == "left out, since iwae:K=8 was not measured there: vae@init\n"
 
 
+def test_a_baseline_whose_error_is_its_variance_is_not_said_to_lack(tmp_path: Path) -> None:
+    store.open_for_writing(tmp_path)
+    rows = [row("iwae:K=8", 4.0, noise(0)), row("rws", 8.0, noise(0), metric="mse", biased=True)]
+    for number, cell in enumerate(rows):
+        store.write_cell(tmp_path, f"c{number}", [{n: v for n, v in cell.items() if n != "cell"}], {"machine": "fast"})
+    store.write_index(tmp_path, "mine", "", "", ["c0", "c1"])
+    said = CliRunner().invoke(main, ["compare", str(tmp_path), "--baseline", "iwae", "--metric", "mse"])
+    assert said.exit_code == 0, said.stderr
+    assert "2x" in said.stdout
+    assert said.stderr == ""
+
+
 # Work-normalised variance.
 
 
