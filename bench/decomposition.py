@@ -222,6 +222,7 @@ class _Minibatch:
             halves = Piece(0, slice(0, cut)), Piece(1, slice(cut, len(at)))
             for name, block in made.blocks.items():
                 self._sums[name].fold(block, [piece for piece in halves if len(piece)])
+            del made, block  # or they would stay until the next are made
 
     def moments(self, estimator: int, name: str, size: int) -> tuple[Array, float]:
         """A parameter's mean gradient ``[P]``, and the trace of its covariance."""

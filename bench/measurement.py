@@ -314,6 +314,7 @@ class _Asked:
     def _fold(self, plan: Plan, folding: Folding, replicates: range) -> None:
         for at, made in draws(plan, self.seed, replicates):
             folding.add(made, at)
+            del made  # or it would stay until the next is made
 
     def _need(self, folding: Folding, position: int) -> float:
         """How many replicates the variances of an estimator take to be as precise as asked, in every group, by what is seen."""

@@ -178,9 +178,10 @@ def _batched(subjects: Sequence[Subject], batch: Batch, made: Pass, engine: Engi
             batch = _batch(part)
             found += _batched(part, batch, batch.draw(_probe(first, seed=0)), engine, limits)
         return found
-    wanted = min(CHUNK.get(first.x.device.type, GPU_CHUNK), (memory - held) // len(subjects)) // batch.bytes_each
+    fitting, most = CHUNK.get(first.x.device.type, GPU_CHUNK), (memory - held) // len(subjects)
+    chunk = limits.chunk or chunk_size(fitting / batch.bytes_each, most // batch.bytes_each)
     gains = any(isinstance(of, Outer) and 1 < of.rows <= SHARED_FEW for of in made.blocks.values())
-    return [Plan(engine, tuple(subjects), limits.chunk or chunk_size(wanted), batch, engine == "rows" and gains)]
+    return [Plan(engine, tuple(subjects), chunk, batch, engine == "rows" and gains)]
 
 
 def _probe(subject: Subject, seed: int) -> Rng:
@@ -188,9 +189,13 @@ def _probe(subject: Subject, seed: int) -> Rng:
     return Rng(seed, range(2), "measure", subject.x.device)
 
 
-def chunk_size(wanted: int) -> int:
-    """Replicates per batch, about as many as `wanted`: a multiple of `BLOCK` or, if fewer, a power of two, which divides it."""
-    wanted = min(max(wanted, 1), MOST)
+def chunk_size(fitting: float, most: int) -> int:
+    """Replicates per batch, about as many as are `fitting` and at most `most`.
+
+    A multiple of `BLOCK` or, if fewer, a power of two, which divides it.
+    """
+    near = 2 ** round(math.log2(max(fitting, 1)))
+    wanted = max(1, min(near if near <= BLOCK else int(fitting), most, MOST))
     return wanted // BLOCK * BLOCK if wanted >= BLOCK else 2 ** wanted.bit_length() // 2
 
 

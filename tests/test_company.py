@@ -1,6 +1,7 @@
 """Several estimators from one pass, squared norms, and what precision and memory ask for."""
 
 import math
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from gradiometer.bench.batched import Batch, together
+from gradiometer.bench.decomposition import decompose
 from gradiometer.bench.folding import Failure
 from gradiometer.bench.gradients import one, trainable
 from gradiometer.bench.measurement import Measurement, measure, measure_all
 from gradiometer.bench.problems import Problem
-from gradiometer.bench.replicates import Plan
+from gradiometer.bench.replicates import Plan, chunk_size
+from gradiometer.bench.tape import Pass
 from gradiometer.estimators.base import Coefficients, Facts, State, Weighted
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import parse
@@ -281,6 +284,36 @@ def test_a_small_budget_of_memory_takes_smaller_batches_and_more_passes(drawn: l
     least = measure(problem, parse("dreg:K=3"), memory=1, **options)
     assert least.chunk == 1
     assert off(least, ample[SAME_K.index("dreg:K=3")]) < 1e-12
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_pass_is_forgotten_before_the_next_is_made(decomposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[weakref.ref[object]] = []
+    draw = Batch.draw
+
+    def watched(batch: Batch, rng: Rng) -> Pass:
+        assert not any(block() is not None for block in known)
+        made = draw(batch, rng)
+        if len(rng.replicates) == 8:  # not a probe of two
+            known.extend(weakref.ref(block) for block in made.blocks.values())
+        return made
+
+    monkeypatch.setattr(Batch, "draw", watched)
+    options = {"replicates": 64, "seed": 5, "chunk": 8}
+    if decomposed:
+        problem = Problem(vae(), data(3), minibatch=lambda generator: torch.rand(3, 5, generator=generator).round())
+        decompose(problem, [parse("iwae:K=3")], minibatches=4, **options)
+    else:
+        measure(Problem(vae(), data(3)), parse("iwae:K=3"), **options)
+    assert len(known) > 8
+
+
+@pytest.mark.parametrize(
+    ("fitting", "most", "chunk"),
+    [(0.3, 9, 1), (1.2, 9, 1), (1.8, 9, 2), (1.8, 1, 1), (14.1, 99, 16), (14.1, 14, 8), (71, 99, 64), (9, 0, 1)],
+)
+def test_a_chunk_is_about_what_fits_and_divides_blocks_of_noise(fitting: float, most: int, chunk: int) -> None:
+    assert chunk_size(fitting, most) == chunk
 
 
 def test_the_finer_shards_of_a_precision_are_part_of_the_memory() -> None:
