@@ -26,8 +26,9 @@ from gradiometer.bench.moments import Array
 from gradiometer.bench.oneway import OneWay, parts_of
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.products import full_precision
-from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, Subject, draws
+from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, draws
 from gradiometer.bench.statistics import Value
+from gradiometer.bench.subject import Subject
 from gradiometer.bench.tape import NotRows, Part
 from gradiometer.bench.training import evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator

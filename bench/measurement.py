@@ -16,9 +16,10 @@ from gradiometer.bench.accumulators import Cancelled
 from gradiometer.bench.folding import Failure, Folding
 from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.measured import Compared, Measurement, of_moments
-from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.problems import Problem, active_units, reason_to_skip
 from gradiometer.bench.products import full_precision
-from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, Subject, active_units, draws, looped, plans
+from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, draws, looped, plans
+from gradiometer.bench.subject import Subject
 from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator, State

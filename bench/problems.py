@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradiometer.bench.models.protocol import offers
 from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.noise import Rng
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,15 @@ def reason_to_skip(problem: Problem, estimator: Estimator) -> str | None:
         return None
     name = estimator.facts.name
     return f"{name} {ADVICE.get(lacking[0], f'needs {lacking[0]!r}, which the problem does not offer')}"
+
+
+def active_units(model: Any, x: Tensor) -> int:
+    """Latents whose posterior mean has a variance over the data `x` above 0.01 (Burda et al. 2016)."""
+    like = next(model.parameters())
+    with torch.no_grad():
+        guide = model.guide(x.to(like))
+        try:
+            means = guide.mean
+        except NotImplementedError:
+            means = Rng(0, 0, "units", like.device, block=1).sample(guide, 64).mean(0)
+    return int((means.var(0) > 0.01).sum())

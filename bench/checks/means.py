@@ -16,7 +16,8 @@ from gradiometer.bench.checks.targets import objective_of, target
 from gradiometer.bench.checks.trials import Array, Schedule, Source, Verdict, trial
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import trainable
-from gradiometer.bench.replicates import Limits, Subject, draws, plans
+from gradiometer.bench.replicates import Limits, draws, plans
+from gradiometer.bench.subject import Subject
 from gradiometer.bench.training import initial_state, learn
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.registry import parse
