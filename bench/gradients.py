@@ -89,19 +89,22 @@ def one(
     rng: Rng,
     state: State,
     parameters: Parameters,
-    observe: Callable[[Mapping[str, Tensor]], None] | None = None,
+    heard: Callable[[Surrogate], None] | None = None,
 ) -> Draw:
-    """One draw of the gradient of the batch-mean objective, ``{name: [*shape]}``, from ``x [B, ...]``."""
+    """One draw of the gradient of the batch-mean objective, ``{name: [*shape]}``, from ``x [B, ...]``.
+
+    Each surrogate is first `heard`, while it has its graph.
+    """
     total: dict[str, Tensor] = {}
     log_w = None
     named: set[str] = set()
     for surrogate in surrogates(estimator, model, x, rng, state):
         _must_make_sense(estimator, model, x, state, surrogate.terms)
         named |= surrogate.terms.keys()
-        _add_gradients(total, surrogate.terms, parameters)
+        if heard is not None:
+            heard(surrogate)
+        add_gradients(total, surrogate.terms, parameters)
         log_w = surrogate.log_w if surrogate.log_w is not None else log_w
-        if observe is not None:
-            observe(surrogate.observe)
     if lacking := [group for group in model.groups if group in parameters and group not in named]:
         have = " and ".join(sorted(named))
         raise ValueError(
@@ -130,7 +133,10 @@ def _must_make_sense(estimator: Estimator, model: Any, x: Tensor, state: State, 
             )
 
 
-def _add_gradients(total: dict[str, Tensor], terms: Mapping[str, Tensor], parameters: Parameters) -> None:
+def add_gradients(
+    total: dict[str, Tensor], terms: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool = False
+) -> None:
+    """Add the gradient of each group's term, a mean over the batch, to what there is of its parameters."""
     shared: dict[int, list[str]] = {}
     for group, term in terms.items():
         if group in parameters and term.requires_grad:
@@ -138,7 +144,10 @@ def _add_gradients(total: dict[str, Tensor], terms: Mapping[str, Tensor], parame
     for number, groups in enumerate(shared.values(), start=1):
         members = {name: p for group in groups for name, p in parameters[group].items()}
         gradients = torch.autograd.grad(
-            terms[groups[0]].mean(), list(members.values()), retain_graph=number < len(shared), allow_unused=True
+            terms[groups[0]].mean(),
+            list(members.values()),
+            retain_graph=retain_graph or number < len(shared),
+            allow_unused=True,
         )
         for name, gradient in zip(members, gradients, strict=True):
             if gradient is not None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gradiometer.bench.data import Dataset
-from gradiometer.bench.gradients import Counted, Draw, one, trainable
-from gradiometer.estimators.base import Estimator, State
+from gradiometer.bench.gradients import Counted, Draw, add_gradients, one, surrogates, trainable
+from gradiometer.estimators.base import Estimator, State, Surrogate
 from gradiometer.estimators.noise import Rng
 
 SETTLE = 300  # steps that tracked averages and learned modules get at the problem's parameters before they are frozen
@@ -109,7 +109,7 @@ def learning_step(
 ) -> Draw:
     """One step of gradient ascent on `parameters`, learned modules by their own terms too; tracked averages fold afterwards."""
     seen: dict[str, Tensor] = {}
-    draw = ascent(estimator, model, x, rng, state, parameters, observe=seen.update)
+    draw = ascent(estimator, model, x, rng, state, parameters, seen)
     for members in parameters.values():
         for name, parameter in members.items():
             parameter.grad = -draw.gradients[name]
@@ -126,22 +126,30 @@ def ascent(
     rng: Rng,
     state: State,
     parameters: Mapping[str, Mapping[str, nn.Parameter]],
-    observe: Callable[[Mapping[str, Tensor]], None] | None = None,
+    seen: dict[str, Tensor] | None = None,
 ) -> Draw:
-    """The gradients of one step of training: the estimate's, and those that learned control variates learn by."""
-    draw = one(estimator, model, x, rng, state, parameters, observe)
-    for group, term in estimator.learn(model, x, rng, state).items():
-        if not (members := parameters.get(group)):
-            continue
-        learnt = torch.autograd.grad(term.mean(), list(members.values()), retain_graph=True, allow_unused=True)
-        for name, more in zip(members, learnt, strict=True):
-            if more is not None:
-                draw.gradients[name] = draw.gradients[name] + more
+    """The gradients of one step of training: the estimate's, and those that learned control variates learn by.
+
+    What tracked averages follow is put into `seen`.
+    """
+    learnt: dict[str, Tensor] = {}
+
+    def heard(surrogate: Surrogate) -> None:
+        add_gradients(learnt, surrogate.learn(), parameters, retain_graph=True)
+        if seen is not None:
+            seen.update(surrogate.observe)
+
+    draw = one(estimator, model, x, rng, state, parameters, heard)
+    for name, gradient in learnt.items():
+        draw.gradients[name] = draw.gradients[name] + gradient
     return draw
 
 
 def evaluations_of_learning(estimator: Estimator, model: Any, x: Tensor, state: State) -> float:
     """Evaluations of the joint, per data point, that a step of training takes beside the estimate's, to learn control variates."""
-    counted = Counted(getattr(model, "_model", model))
-    estimator.learn(counted, x, Rng(0, 0, "cost", x.device, block=1), state)
-    return counted.evaluations / len(x)
+    counted, taken = Counted(getattr(model, "_model", model)), 0
+    for surrogate in surrogates(estimator, counted, x, Rng(0, 0, "cost", x.device, block=1), state):
+        before = counted.evaluations
+        surrogate.learn()
+        taken += counted.evaluations - before
+    return taken / len(x)

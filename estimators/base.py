@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -103,13 +103,15 @@ class Surrogate:
     ``terms[g]`` is differentiated with respect to group ``g`` only, and ascended; its value means nothing. ``log_w`` (detached,
     ``[K, *batch]``) gives the objective and the weights' statistics; ``observe`` is what tracked averages follow. ``value``
     (detached) is for terms that are one function's derivative, exact for its mean and biased for the objective, a relaxation's:
-    checks hold them to it, and it is never reported.
+    checks hold them to it, and it is never reported. ``learn()`` gives terms ``{group: [*batch]}`` that train learned baselines and
+    control variates on the same draws, and are no part of the estimate; only training asks for them.
     """
 
     terms: Mapping[str, Tensor]  # {group: [*batch]}
     log_w: Tensor | None = None
     observe: Mapping[str, Tensor] = field(default_factory=dict)
     value: Tensor | None = None  # [*batch]
+    learn: Callable[[], Mapping[str, Tensor]] = dict
 
 
 class Average:
@@ -169,10 +171,6 @@ class Estimator(ABC):
         """Memory before the first step; `x` is one minibatch ``[B, ...]``."""
         return State()
 
-    def learn(self, model: Any, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
-        """Terms ``{group: [*batch]}`` that train learned control variates, and are no part of the estimate."""
-        return {}
-
     def objective(self, log_w: Tensor) -> Tensor:
         """The value of the objective from the log weights ``[K, *batch]``; ``[*batch]``."""
         name = self.facts.objective_of("generative")
@@ -212,6 +210,10 @@ class Weighted(Estimator):
         """What the tracked averages follow."""
         return {}
 
+    def learn(self, log_w: Tensor, x: Tensor, state: State) -> Mapping[str, Tensor]:
+        """Terms ``{group: [*batch]}`` that train learned baselines, and are no part of the estimate."""
+        return {}
+
     def surrogate(self, model: Any, x: Tensor, rng: Rng, state: State) -> Surrogate:
         q = model.guide(x)
         pathwise = "rsample" in self.facts.needs
@@ -235,7 +237,7 @@ class Weighted(Estimator):
             # log q(z) also holds phi directly; b log q(stop(z)) takes that part out again, exactly, for any distribution.
             held = b if c is None else b + c
             terms["inference"] = (b * (log_p - log_q) + held * q.log_prob(z.detach())).sum(0)
-        return Surrogate(terms, log_w, self.observe(log_w, x, state))
+        return Surrogate(terms, log_w, self.observe(log_w, x, state), learn=lambda: self.learn(log_w, x, state))
 
 
 def _must_be_of_shape(shape: Sequence[int], found: Mapping[str, Tensor | None]) -> None:

@@ -87,15 +87,13 @@ class Controlled(Estimator):
         log_q = q.log_prob(b)
         log_w = (log_p - log_q).detach()
         inference = ((log_w - c).detach() * log_q + c).mean(0)
-        return Surrogate({"generative": log_p.mean(0), "inference": inference}, log_w)
+        terms = {"generative": log_p.mean(0), "inference": inference}
+        return Surrogate(terms, log_w, learn=lambda: self._learn(q.base_dist.logits, b, log_w, c))
 
-    def learn(self, model: Any, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
+    def _learn(self, logits: Tensor, b: Tensor, f: Tensor, c: Tensor) -> Mapping[str, Tensor]:
         """Make ``|g|^2`` small, g by the guide's logits: c does not move the mean of g, so this is its variance."""
-        made = model.guide(x)
-        logits = made.base_dist.logits.detach().requires_grad_()  # [*batch, D]
-        q = _bernoulli(logits)
-        b, c, log_p = self._draw(model, x, rng, state, q)
-        f = (log_p - q.log_prob(b)).detach()
+        if not logits.requires_grad:  # of a frozen guide
+            return {}
         (path,) = torch.autograd.grad(c.mean(0).sum(), logits, create_graph=True)
         # c keeps its graph as a factor, too: detached, the control would not see most of the variance.
         g = ((f - c).unsqueeze(-1) * (b - logits.sigmoid())).mean(0) + path

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, full_like, nn, no_grad
+from torch import Tensor, full_like, nn
 
 from gradiometer.estimators.base import Average, Coefficients, Facts, State, Weighted
-from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import register
 from gradiometer.estimators.weights import mean_of_others
 
@@ -90,11 +89,7 @@ class NVIL(Weighted):
     def coefficients(self, log_w: Tensor) -> Coefficients:
         return Coefficients(generative=full_like(log_w, 1 / self.K), score=log_w / self.K)
 
-    def learn(self, model: Any, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
-        with no_grad():
-            q = model.guide(x)
-            z = rng.sample(q, self.K)
-            log_w = model.log_joint(x, z) - q.log_prob(z)  # [K, *batch]
+    def learn(self, log_w: Tensor, x: Tensor, state: State) -> Mapping[str, Tensor]:
         error = self._less_baseline(log_w, x, state) - state.tracked["signal"].value
         return {"baseline": -error.square().mean(0)}
 

@@ -480,21 +480,16 @@ class TrainedUphill(Weighted):
     def coefficients(self, log_w: Tensor) -> Coefficients:
         return Coefficients(generative=equal(log_w), score=log_w / len(log_w))
 
-    def learn(self, model, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
-        with torch.no_grad():
-            q = model.guide(x)
-            z = rng.sample(q, self.K)
-            log_w = model.log_joint(x, z) - q.log_prob(z)
+    def learn(self, log_w: Tensor, x: Tensor, state: State) -> Mapping[str, Tensor]:
         return {"baseline": (log_w - state.learned["baseline"](x).squeeze(-1)).square().mean(0)}
 
 
 @mistake("a regulariser put into what trains the baseline", "nothing else")
 @dataclass(frozen=True)
 class TrainsTheGuide(NVIL):
-    def learn(self, model, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
-        q = model.guide(x)
-        entropy = -q.log_prob(rng.sample(q, 1)).mean(0)
-        return {**super().learn(model, x, rng, state), "inference": entropy}
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        made, q = super().surrogate(model, x, rng, state), model.guide(x)
+        return replace(made, learn=lambda: {**made.learn(), "inference": -q.log_prob(rng.sample(q, 1)).mean(0)})
 
 
 # Control variates, antithetic pairs, relaxations, nested moves.
@@ -527,11 +522,12 @@ class ConditionalDetached(NotConditional):
         return b, c(held) + c(z) - c(z).detach(), log_p
 
 
-@mistake("a control that nothing trains", "a step of learning fails")
+@mistake("a control that nothing trains", "nothing trains 'control'")
 @dataclass(frozen=True)
 class NotTrained(REBAR):
-    def learn(self, model, x: Tensor, rng: Rng, state: State) -> Mapping[str, Tensor]:
-        return {name: term.detach() for name, term in super().learn(model, x, rng, state).items()}
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        made = super().surrogate(model, x, rng, state)
+        return replace(made, learn=lambda: {name: term.detach() for name, term in made.learn().items()})
 
 
 @mistake("a control trained by the estimate", "no part of the estimate")

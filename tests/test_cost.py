@@ -1,13 +1,24 @@
 """What a gradient costs: evaluations counted, memory followed, seconds that agree with the throughputs."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from gradiometer.bench import cost, measure, named_problem
+from gradiometer.bench import cost, decompose, measure, named_problem
 from gradiometer.bench.costs import ROUNDS, peak_memory
+from gradiometer.bench.gradients import Parameters, estimated, trainable
+from gradiometer.bench.training import ascent, initial_state
 from gradiometer.estimators import parse
+from gradiometer.estimators.base import Estimator, State, Surrogate
+from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.relaxed import REBAR
+from gradiometer.estimators.score_function import NVIL
 
 KILO = 4000  # bytes of a thousand float32
 
@@ -108,18 +119,40 @@ def test_a_slower_gradient_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None
     assert 0.019 < added < 0.04
 
 
+@dataclass(frozen=True)
+class LearnsByDrawsOfItsOwn(NVIL):
+    def surrogate(self, model: Any, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        def learn() -> Mapping[str, Tensor]:
+            z = rng.sample(model.guide(x), 4)
+            return self.learn(model.log_joint(x, z).detach(), x, state)
+
+        return replace(super().surrogate(model, x, rng, state), learn=learn)
+
+
 @pytest.mark.parametrize(
-    ("word", "of_estimate", "of_learning"), [("nvil:K=3", 3, 3), ("rebar:K=2", 4, 4), ("stl", 1, 0)]
+    ("estimator", "evaluations"), [(NVIL(3), 3), (REBAR(2), 4), (LearnsByDrawsOfItsOwn(3), 3 + 4)], ids=str
 )
-def test_what_a_control_variate_learns_by_is_a_part_of_the_cost(
-    word: str, of_estimate: int, of_learning: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    problem = named_problem("enumerable-vae" if word != "stl" else "gaussian-toy:units=3", 5)
-    estimator = parse(word)
-    assert cost(problem, estimator, seconds=0.01)["evaluations"].value == of_estimate + of_learning
-    assert measure(problem, estimator, replicates=16).evaluations == of_estimate + of_learning
-    monkeypatch.setattr(type(estimator), "learn", lambda *given: {})
-    assert cost(problem, estimator, seconds=0.01)["evaluations"].value == of_estimate
+def test_what_a_control_variate_learns_by_is_a_part_of_the_cost(estimator: Estimator, evaluations: int) -> None:
+    problem = named_problem("enumerable-vae", 5)
+    assert cost(problem, estimator, seconds=0.01)["evaluations"].value == evaluations
+    assert measure(problem, estimator, replicates=16).evaluations == evaluations
+    (made,) = decompose(replace(problem, minibatch=lambda generator: problem.x), [estimator], minibatches=4)
+    assert made.evaluations == evaluations
+
+
+@pytest.mark.parametrize("word", ["nvil", "rebar"])
+def test_a_step_of_learning_costs_more_than_the_estimate_alone(word: str) -> None:
+    problem, estimator = named_problem("enumerable-vae", 5), parse(word)
+    state = initial_state(estimator, problem.model, problem.x, 0)
+    all_groups = trainable(problem.model, state)
+
+    def operations(parameters: Parameters) -> int:
+        with FlopCounterMode(display=False) as counter:
+            ascent(estimator, problem.model, problem.x, Rng(0, 0), state, parameters)
+        found: int = counter.get_total_flops()
+        return found
+
+    assert operations(all_groups) > operations(estimated(estimator, state, all_groups))
 
 
 def test_the_problem_is_not_changed_and_what_it_lacks_is_a_sentence() -> None:

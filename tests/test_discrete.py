@@ -9,7 +9,7 @@ import torch
 from engine import IMAGES, binary, memory
 from oracles import Enumerated, Outcomes, Scattered, Uniforms, elbo, off, scrambled
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Independent, Uniform
+from torch.distributions import Independent, Uniform
 
 from gradiometer.bench.gradients import one, trainable
 from gradiometer.bench.measurement import measure
@@ -290,7 +290,7 @@ def learnt(estimator: Estimator, outcomes: Outcomes, state: State) -> list[Tenso
     """The mean direction in which the control is trained."""
     probability = outcomes.probabilities()
     x = outcomes.x.expand(len(probability), *outcomes.x.shape)
-    term = estimator.learn(outcomes.model, x, outcomes.source(), state)["control"]
+    term = estimator.surrogate(outcomes.model, x, outcomes.source(), state).learn()["control"]
     assert term.shape == probability.shape
     return list(torch.autograd.grad((probability * term).sum(), list(state.learned["control"].parameters())))
 
@@ -312,12 +312,9 @@ def slopes(estimator: Estimator, outcomes: Outcomes, state: State, step: float =
 class DetachedByValue(REBAR):
     """The signal's control is a number to the second derivative."""
 
-    def learn(self, model, x: Tensor, rng: Rng, state: State):
-        logits = model.guide(x).base_dist.logits.detach().requires_grad_()
-        q = Independent(Bernoulli(logits=logits), 1)
-        b, c, log_p = self._draw(model, x, rng, state, q)
+    def _learn(self, logits: Tensor, b: Tensor, f: Tensor, c: Tensor):
         (path,) = torch.autograd.grad(c.mean(0).sum(), logits, create_graph=True)
-        signal = (log_p - q.log_prob(b) - c).detach()
+        signal = (f - c).detach()
         return {"control": -((signal.unsqueeze(-1) * (b - logits.sigmoid())).mean(0) + path).square().sum(-1)}
 
 

@@ -919,7 +919,7 @@ def test_averages_that_hold_the_present_draw_turn_the_gradient() -> None:
 
 
 def test_nvil_by_hand_step_by_step() -> None:
-    """Averages and the network hold earlier draws only; the network descends the squared error on noise of its own."""
+    """Averages and the network hold earlier draws only; the network descends the squared error on the step's own."""
     outcomes = binary(2)
     estimator, model, x = parse("nvil:K=2,decay=0.5"), outcomes.model, outcomes.x
     state = initial_state(estimator, model, x, 0)
@@ -929,14 +929,12 @@ def test_nvil_by_hand_step_by_step() -> None:
     m = square = 0.0
     for step in range(4):
         q = model.guide(x)
-        noise = Rng(1, step)
-        log_w, again = (
-            (model.log_joint(x, z) - q.log_prob(z)).detach() for z in (noise.sample(q, 2), noise.sample(q, 2))
-        )
+        z = Rng(1, step).sample(q, 2)
+        log_w = (model.log_joint(x, z) - q.log_prob(z)).detach()
         signal = (log_w - network(x).squeeze(-1)).detach()
-        score = q.log_prob(Rng(1, step).sample(q, 2))
+        score = q.log_prob(z)
         wanted = flat((standardised(signal, m, square - m**2) * score).mean(0).mean(), outcomes)
-        error = ((again - network(x).squeeze(-1) - m) ** 2).mean()
+        error = ((log_w - network(x).squeeze(-1) - m) ** 2).mean()
         descent = torch.autograd.grad(error, list(network.parameters()))
         expected = [p.detach() - 0.05 * g for p, g in zip(network.parameters(), descent, strict=True)]
 

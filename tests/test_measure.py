@@ -535,16 +535,16 @@ class Learned(Estimator):
 
     def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
         _, log_q, log_w, control = self.parts(model, x, rng, state)
-        yield Surrogate({"inference": (log_w * log_q).mean(0)}, log_w)
+        yield Surrogate(
+            {"inference": (log_w * log_q).mean(0)},
+            log_w,
+            learn=lambda: {"control": -((log_w - control) ** 2).mean(0)},
+        )
         again = model.guide(x)  # a graph of its own: the first one is gone
         with torch.no_grad():
             z = Rng.sample(rng, again, self.K)  # fresh draws, for the part with zero mean
         yield Surrogate({"inference": -(control.detach() * again.log_prob(z)).mean(0)})
         yield Surrogate({"generative": model.log_joint(x, z).mean(0)})
-
-    def learn(self, model, x: Tensor, rng: Rng, state: State) -> dict[str, Tensor]:
-        *_, log_w, control = self.parts(model, x, rng, state)
-        return {"control": -((log_w - control) ** 2).mean(0)}
 
 
 def test_pieces_of_an_estimate_add_up_and_controls_learn() -> None:

@@ -141,7 +141,7 @@ def _frozen(estimator: Estimator, world: World) -> str:
     kept = [p.detach().clone() for p in [*world.model.parameters(), *_learned(state)]]
     tracked = {name: float(torch.as_tensor(a.value).mean()) for name, a in state.tracked.items()}
     draw(estimator, world, 0, state)
-    estimator.learn(world.model, world.x, Rng(3, 0), state)
+    _learning(estimator, world, state)
     now = [*world.model.parameters(), *_learned(state)]
     if not torch.equal(x, world.x):
         world.x.copy_(x)
@@ -167,12 +167,18 @@ def _learned(state: State) -> list[Tensor]:
     return [p for module in state.learned.values() for p in module.parameters()]
 
 
+def _learning(estimator: Estimator, world: World, state: State) -> dict[str, Tensor]:
+    """The terms that train what is learned beside the estimate."""
+    made = surrogates(estimator, world.model, world.x, Rng(3, 0), state)
+    return {group: term for surrogate in made for group, term in surrogate.learn().items()}
+
+
 def _learns(estimator: Estimator, world: World) -> str:
     """What is learned beside the estimate has a gradient from `learn`, in every parameter, and none from the surrogate."""
     state = experienced(estimator, world)
     groups = {group: list(module.parameters()) for group, module in state.learned.items()}
     own = {group: members for group, members in groups.items() if group not in estimator.facts.named}
-    terms = estimator.learn(world.model, world.x, Rng(3, 0), state)
+    terms = _learning(estimator, world, state)
     if others := sorted(set(terms) - set(groups)):
         raise Broken(
             f"learn() has a term of {others[0]!r}: it trains what is learned beside the estimate, and nothing else"
