@@ -20,13 +20,14 @@ from gradiometer.bench.statistics import Value, exact, jackknife
 from gradiometer.bench.training import ascent, initial_state
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.registry import parse
 
 ROUNDS = 16  # timed blocks, each its own shard of the error bar
 
 
 def cost(
     problem: Problem,
-    estimator: Estimator,
+    estimator: Estimator | str,
     *,
     seed: int = 0,
     device: str = "cpu",
@@ -41,6 +42,7 @@ def cost(
     Raises:
         ValueError: the problem lacks what the estimator needs.
     """
+    estimator = parse(estimator)
     if (reason := reason_to_skip(problem, estimator)) is not None:
         raise ValueError(reason)
     model, x = copy.deepcopy(problem.model).to(device), problem.x.to(device)

@@ -32,6 +32,7 @@ from gradiometer.bench.subject import Subject
 from gradiometer.bench.tape import NotRows, Part
 from gradiometer.bench.training import evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator
+from gradiometer.estimators.registry import parse
 
 FIRST = 8  # replicates that an accumulator is chosen by
 
@@ -108,7 +109,7 @@ def minibatches_of(problem: Problem, minibatches: int, seed: int) -> Iterator[Te
 
 def decompose(
     problem: Problem,
-    estimators: Sequence[Estimator],
+    estimators: Sequence[Estimator | str],
     *,
     minibatches: int,
     replicates: int = 64,
@@ -125,7 +126,7 @@ def decompose(
 
     Args:
         problem: one that can draw minibatches; its own is not measured.
-        estimators: as `gradiometer.estimators.parse` returns them.
+        estimators: as in `measure_all`.
         minibatches: at least 4. The minibatch's part is as precise as these are many.
         replicates: of each minibatch, at least 4, with noise of their own.
         seed: of the minibatches and of the noise.
@@ -137,14 +138,14 @@ def decompose(
 
     Example:
         >>> from gradiometer.bench import named_problem
-        >>> from gradiometer.estimators import parse
         >>> toy = named_problem("gaussian-toy:units=2", 5)
-        >>> (found,) = decompose(toy, [parse("sgvb-b")], minibatches=16, replicates=8)
+        >>> (found,) = decompose(toy, ["sgvb-b"], minibatches=16, replicates=8)
         >>> parts = found.variances("generative")
         >>> parts["minibatch"].value / parts["both"].value > 0.999  # the divergence in closed form has no other noise
         True
     """
-    for estimator in estimators:
+    chosen = [parse(e) for e in estimators]
+    for estimator in chosen:
         if (reason := reason_to_skip(problem, estimator)) is not None:
             raise ValueError(reason)
     if minibatches < 4:
@@ -155,7 +156,7 @@ def decompose(
     counted = Counted(model)
     with full_precision():
         subjects = []
-        for estimator in estimators:
+        for estimator in chosen:
             state = settled(estimator, model, x, seed, lambda step: minibatch(problem, seed, step, "settle").to(x))
             subjects.append(Subject(estimator, counted, x, state, trainable(model, state)))
         asked = _Asked(problem, minibatches, replicates, seed)

@@ -24,7 +24,7 @@ from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK
-from gradiometer.estimators.registry import nearest
+from gradiometer.estimators.registry import nearest, parse
 
 T = TypeVar("T")
 AIM = 0.6  # of the replicates that seem to be needed, before a look at whether they are
@@ -32,14 +32,14 @@ AIM = 0.6  # of the replicates that seem to be needed, before a look at whether 
 
 def measure(
     problem: Problem,
-    estimator: Estimator,
+    estimator: Estimator | str,
     *,
     replicates: int = 1024,
     seed: int = 0,
     engine: Engine = "auto",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    reference: Estimator | None = None,
+    reference: Estimator | str | None = None,
     only: Sequence[str] = (),
     precision: float | None = None,
     budget: int | None = None,
@@ -50,9 +50,8 @@ def measure(
 
     Example:
         >>> from gradiometer.bench.models.toys import GaussianToy
-        >>> from gradiometer.estimators import parse
         >>> toy = Problem(GaussianToy(units=2), torch.zeros(5, 2))
-        >>> sorted(measure(toy, parse("iwae:K=4"), replicates=64).groups)
+        >>> sorted(measure(toy, "iwae:K=4", replicates=64).groups)
         ['generative', 'inference']
     """
     (found,) = measure_all(
@@ -75,14 +74,14 @@ def measure(
 
 def measure_all(
     problem: Problem,
-    estimators: Sequence[Estimator],
+    estimators: Sequence[Estimator | str],
     *,
     replicates: int = 1024,
     seed: int = 0,
     engine: Engine = "auto",
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    reference: Estimator | None = None,
+    reference: Estimator | str | None = None,
     only: Sequence[str] = (),
     precision: float | None = None,
     budget: int | None = None,
@@ -95,7 +94,7 @@ def measure_all(
 
     Args:
         problem: a model held still; it is copied, not changed.
-        estimators: as `gradiometer.estimators.parse` returns them.
+        estimators: as `gradiometer.estimators.parse` returns them, or the words that it takes.
         replicates: independent gradients, at least 4.
         seed: of the noise; the same seed gives the same noise to every estimator.
         engine: "rows" batches replicates, "ghost" too and keeps squared norms alone, "loop" takes one at a time, "auto" chooses.
@@ -116,13 +115,13 @@ def measure_all(
 
     Example:
         >>> from gradiometer.bench.models.toys import GaussianToy
-        >>> from gradiometer.estimators import parse
         >>> toy = Problem(GaussianToy(units=2), torch.zeros(5, 2))
-        >>> found = measure_all(toy, [parse("iwae:K=4"), parse("dreg:K=4")], replicates=64)
+        >>> found = measure_all(toy, ["iwae:K=4", "dreg:K=4"], replicates=64)
         >>> [str(m.estimator) for m in found]
         ['iwae:K=4', 'dreg:K=4']
     """
-    for estimator in estimators:
+    chosen, trusted = [parse(e) for e in estimators], None if reference is None else parse(reference)
+    for estimator in chosen:
         if (reason := reason_to_skip(problem, estimator)) is not None:
             raise ValueError(reason)
     _must_make_sense(engine, only, precision)
@@ -131,7 +130,7 @@ def measure_all(
     counted = Counted(model)
     with full_precision():
         means = None
-        if reference is not None:  # measured on noise of its own
+        if trusted is not None:  # measured on noise of its own
             options: dict[str, Any] = {
                 "replicates": replicates,
                 "device": device,
@@ -139,16 +138,16 @@ def measure_all(
                 "memory": memory,
                 "chunk": chunk,
             }
-            trusted = measure(problem, reference, seed=seed + 1, only=["gradient_norm"], **options)
-            means = {name: torch.as_tensor(mean, device=device) for name, mean in trusted.mean.items()}
-        subjects = [_subject(estimator, counted, x, seed) for estimator in estimators]
+            first = measure(problem, trusted, seed=seed + 1, only=["gradient_norm"], **options)
+            means = {name: torch.as_tensor(mean, device=device) for name, mean in first.mean.items()}
+        subjects = [_subject(estimator, counted, x, seed) for estimator in chosen]
         ways = Ways(engine, seed, Limits(memory, chunk, finer=precision is not None))
         budget = budget or 100 * replicates
         asked = _Asked(problem, replicates, seed, means, precision, budget, units, finer=precision is not None)
         traces = bool(only) and not set(only) & set(metrics.OF_COORDINATES)
         found = ways.carry_out(asked.of, subjects, traces)
         if bias.wanted(only):
-            wanted = [bias.comparisons(problem, estimator, reference) for estimator in estimators]
+            wanted = [bias.comparisons(problem, estimator, trusted) for estimator in chosen]
             found = _compared(asked, ways, subjects, found, wanted)
     return found
 

@@ -27,6 +27,9 @@ class Problem:
         about: columns of the rows: model, dataset, snapshot, digest.
         minibatch: draws another minibatch like `x` from the training data, with all of its randomness from the generator; None
             where there is no other.
+
+    Raises:
+        ValueError: the model or the minibatch is none.
     """
 
     model: Any
@@ -37,6 +40,10 @@ class Problem:
     minibatch: Callable[[torch.Generator], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if lacking := [name for name in ("guide", "log_joint", "groups") if not hasattr(self.model, name)]:
+            raise ValueError(f"{type(self.model).__name__} is no latent-variable model: it has no {lacking[0]}")
+        if not isinstance(self.x, Tensor):
+            raise ValueError(f"x is a tensor [B, ...], not of type {type(self.x).__name__}")
         if isinstance(self.model, nn.Module):
             object.__setattr__(self, "model", copy.deepcopy(self.model).eval())
 

@@ -72,8 +72,8 @@ def load_plugin(path: str | Path) -> ModuleType:
     return module
 
 
-def parse(word: str) -> Estimator:
-    """The estimator a word stands for.
+def parse(word: str | Estimator) -> Estimator:
+    """The estimator a word stands for; one that is built already stands for itself.
 
     Raises:
         ValueError: one sentence that names the wrong part and the nearest valid word.
@@ -82,6 +82,8 @@ def parse(word: str) -> Estimator:
         >>> parse("rloo:K=8")
         RLOO(K=8)
     """
+    if isinstance(word, Estimator):
+        return word
     name, colon, settings = word.partition(":")
     if colon and not settings:
         raise ValueError(f"{word!r} ends in its colon: write {name}, or options after it, as in {name}:K=8")

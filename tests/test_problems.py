@@ -353,3 +353,22 @@ def test_names_of_snapshots_in_the_cache_are_those_of_their_problem(quick: Path)
 def test_a_minibatch_has_data(batch: int) -> None:
     with pytest.raises(RequestError, match=f"a minibatch has at least one data point, not {batch}"):
         named_problem("gaussian-toy", batch)
+
+
+def test_what_is_no_model_or_no_minibatch_is_a_sentence() -> None:
+    toy = GaussianToy(units=2)
+    with pytest.raises(ValueError, match="Linear is no latent-variable model: it has no guide"):
+        Problem(nn.Linear(2, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"x is a tensor \[B, \.\.\.\], not of type ndarray"):
+        Problem(toy, torch.zeros(3, 2).numpy())
+
+
+def test_a_word_stands_for_its_estimator() -> None:
+    toy = Problem(GaussianToy(units=2), torch.zeros(3, 2))
+    by_word = measure(toy, "iwae:K=2", replicates=16, reference="iwae:K=2")
+    built = measure(toy, parse("iwae:K=2"), replicates=16, reference=parse("iwae:K=2"))
+    assert by_word.estimator == built.estimator
+    assert by_word.metrics("inference")["cosine"] == built.metrics("inference")["cosine"]
+    assert cost(toy, "iwae:K=2", seconds=0.01)["evaluations"].value == 2
+    with pytest.raises(ValueError, match="unknown estimator 'iwea'; did you mean 'iwae'"):
+        measure(toy, "iwea")
