@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from gradiometer.estimators.registry import parse
 
 FIRST, SECOND = "estimator", "reference"
 TRUSTED = {  # unbiased estimators of an objective, the first that a problem and a K allow
-    "elbo": ("sgvb-a", "rloo", "reinforce"),
+    "elbo": ("sgvb-a", "rloo"),
     "iwelbo": ("iwae", "vimco"),
 }
+QUIET = {"rloo": 8}  # particles that it has at least: the objective has no K, and few of them drown a bias
 
 
 def difference(estimator: Estimator, reference: Estimator) -> Difference | DifferenceOfWeights:
@@ -162,8 +163,7 @@ def comparisons(problem: Problem, estimator: Estimator, reference: Estimator | N
     """
     groups = list(problem.model.groups)
     if reference is not None:
-        learned = _beside(estimator, groups) | _beside(reference, groups)
-        known = tuple(g for g in groups if comparable(estimator, reference, g, learned))
+        known = tuple(group for group in groups if comparable(estimator, reference, group))
         return [Comparison(estimator, reference, known)] if known and reference != estimator else []
     found: dict[Estimator, list[str]] = {}
     for group in groups:
@@ -172,41 +172,19 @@ def comparisons(problem: Problem, estimator: Estimator, reference: Estimator | N
     return [Comparison(estimator, of, tuple(members)) for of, members in found.items()]
 
 
-def comparable(estimator: Estimator, reference: Estimator, group: str, learned: frozenset[str] = frozenset()) -> bool:
-    """Whether a reference's mean gradient of a group is that of the estimator's objective.
-
-    Args:
-        learned: the groups that either objective names and the model does not have: an estimator that draws by kernels of its
-            own has a bound of its own, whatever it is called.
-    """
-    name = _bound(estimator, group)
-    if not name or name != _bound(reference, group) or group in (*reference.facts.biased, *reference.facts.rescaled):
-        return False
-    if name == "elbo":
-        return True
-    # Another bound of the same name has another K, or other settings; of the K-sample bound K is the only one.
-    shared = {f.name for f in fields(estimator)} & {f.name for f in fields(reference)} if name != "iwelbo" else {"K"}
-    return not learned and all(getattr(estimator, field) == getattr(reference, field) for field in shared)
-
-
-def _bound(estimator: Estimator, group: str) -> str:
-    """The objective of a group; of one particle, the K-sample bound is the ELBO."""
-    name = estimator.facts.objective_of(group)
-    return "elbo" if name == "iwelbo" and estimator.K == 1 else name
-
-
-def _beside(estimator: Estimator, groups: Sequence[str]) -> frozenset[str]:
-    """The groups that its objective names and the model does not have."""
-    return estimator.facts.named - set(groups)
+def comparable(estimator: Estimator, reference: Estimator, group: str) -> bool:
+    """Whether a reference's mean gradient of a group is that of the estimator's objective."""
+    name, facts = estimator.ascends(group), reference.facts
+    return bool(name) and name == reference.ascends(group) and group not in (*facts.biased, *facts.rescaled)
 
 
 def _trusted(problem: Problem, estimator: Estimator, group: str) -> Estimator | None:
-    for name in TRUSTED.get(_bound(estimator, group), ()):
+    for name in TRUSTED.get(estimator.ascends(group).partition(":")[0], ()):
         try:
-            of = parse(f"{name}:K={estimator.K}")
+            of = parse(f"{name}:K={max(estimator.K, QUIET.get(name, 1))}")
         except ValueError:  # it needs more particles
             continue
-        if comparable(estimator, of, group, _beside(estimator, problem.model.groups)) and not problem.lacks(of):
+        if comparable(estimator, of, group) and not problem.lacks(of):
             return of
     return None
 

@@ -397,10 +397,15 @@ def _measure(cells: list[Any], metrics: tuple[str, ...], out: Path | None) -> No
     rows = [row for cell in cells for row in made[cell]]
     console = screen()
     if {*metrics} & {*BIAS} and not {row["metric"] for row in rows} & {*BIAS}:
-        click.echo(
-            "no bias: none of these is declared biased and has a trusted estimator of its objective here; name one by --reference",
-            err=True,
+        named = cells[0].reference
+        why = (
+            f"none of these ascends the objective of {named} in a group where that is declared unbiased"
+            if named
+            else (
+                "none of these is declared biased and has a trusted estimator of its objective here; name one by --reference"
+            )
         )
+        click.echo(f"no bias: {why}", err=True)
     table = with_products(store.frame(rows))
     if cells[0].minibatches:
         console.print(breakdown.by_source(table))

@@ -33,7 +33,8 @@ NEEDS = {  # what a ratio of variances, with or without costs, is a ratio of
 class Ratio:
     """An estimator's value over the baseline's; `paired` if both saw the same noise, `remarks` on what limits it.
 
-    `same_scale` unless one of the two is declared rescaled, so that a ratio of variances says nothing of replicates.
+    `same_scale` unless one of the two is declared rescaled, or they ascend different objectives, so that a ratio of variances
+    says nothing of replicates.
     `folder` and `against_folder` are named where the results are of several folders.
     """
 
@@ -58,7 +59,9 @@ class Ratio:
         """What the ratio says, to be read after the estimator's word: ``needs 0.21x [0.19, 0.23] the replicates of ...``."""
         value, against = self.value, _named(self.against, self.against_folder)
         label = METRICS[self.metric].label
-        shown = f"{value.value:.3g}x" + (f" [{value.low:.3g}, {value.high:.3g}]" if value.low < value.high else "")
+        digits = 4 if abs(value.value - 1) < 0.05 else 3  # not 1x for what is told from 1
+        one, low, high = (f"{of:.{digits}g}" for of in (value.value, value.low, value.high))
+        shown = f"{one}x" + (f" [{low}, {high}]" if value.low < value.high else "")
         if not (math.isfinite(value.low) and math.isfinite(value.high)):
             said = f"has {value.value:.3g}x the {label} of {against}, without an interval: no verdict"
         elif max(abs(value.low - 1), abs(value.high - 1)) < 1e-3:
@@ -90,7 +93,9 @@ def ratios(rows: pd.DataFrame, metric: str, baseline: str) -> list[Ratio]:
     rows = rows[(rows["status"] == "ok") & (rows["kind"] != "training") & whole(rows)]
     measured = _squared_errors(rows) if metric == "mse" else rows[rows["metric"] == metric]
     if measured.empty:
-        known = ", ".join(sorted(set(rows["metric"]) - {""})) or "none: every cell was skipped or failed"
+        known = ", ".join(sorted(set(rows["metric"]) - {""})) or (
+            "none but of training" if along else "none: every cell was skipped or failed"
+        )
         how = "measured along training alone, which is not compared" if metric in along else "not measured here"
         raise RequestError(f"{metric!r} was {how}; these were: {known}")
     if baseline not in set(measured["estimator"]):
@@ -229,7 +234,7 @@ def _ratio(row: Any, base: Any, remarks: tuple[str, ...], *, named: bool) -> Rat
         evaluations=float(row.evaluations),
         value=independent(value_of(row), value_of(base)) if found is None else found,
         paired=found is not None and row.K == base.K,
-        same_scale=not _own_scale(row, base),
+        same_scale=not (_own_scale(row, base) or _another_objective(row, base)),
         remarks=remarks,
         folder=str(row.folder) if named else "",
         against_folder=str(base.folder) if named else "",
@@ -257,6 +262,10 @@ def _remarks(row: Any, base: Any, rows: pd.DataFrame, some_checked: bool) -> tup
         biased = [f"{r.estimator} is biased ({_bias(r, rows)})" for r in both if r.biased]
         if biased:
             said.append(f"{', and '.join(biased)}: replicates buy precision about a wrong value")
+    if row.metric in SCALED and _another_objective(row, base):
+        said.append(
+            f"{row.estimator} ascends {row.ascends} and {base.estimator} {base.ascends}: compare ratios of signal to noise instead"
+        )
     if row.metric in SCALED and (own := _own_scale(row, base)):
         said.append(f"{_names(own)} has a scale of its own: compare ratios of signal to noise instead")
     if some_checked and (unchecked := [r for r in both if not r.checked]):
@@ -271,14 +280,20 @@ def _own_scale(*rows: Any) -> list[Any]:
     return [row for row in rows if row.rescaled]
 
 
+def _another_objective(row: Any, base: Any) -> bool:
+    """Whether the two are noisy about different gradients."""
+    return bool(row.ascends and base.ascends and row.ascends != base.ascends)
+
+
 def _bias(row: Any, rows: pd.DataFrame) -> str:
     """The bias of a row's group as a part of the mean gradient, or that it is not known."""
     of = rows[(rows["metric"] == "relative_bias") & (rows["cell"] == row.cell) & (rows["folder"] == row.folder)]
     of = of[(of["problem"] == row.problem) & (of["group"] == row.group) & (of["estimator"] == row.estimator)]
     if of.empty or not math.isfinite(of["value"].iloc[0]):
         return "by how much was not measured"
-    bias = of.iloc[0]
-    return f"by {bias['value']:.2g} [{bias['low']:.2g}, {bias['high']:.2g}] of the mean gradient"
+    value, low, high = of[["value", "low", "high"]].iloc[0]
+    interval = f" [{low:.2g}, {high:.2g}]" if math.isfinite(low) and math.isfinite(high) else ", without an interval,"
+    return f"by {value:.2g}{interval} of the mean gradient"
 
 
 def _names(rows: Sequence[Any]) -> str:

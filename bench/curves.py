@@ -132,12 +132,18 @@ def cost_plane(found: pd.DataFrame, unknown: pd.DataFrame, problem: str, budget:
         points = found[found["group"] == group]
         own = selection.marks(points)  # of this group
         names = [canvas.wrapped(label + own[label]) for label in points["label"]]
-        place_labels(axes, list(zip(points["cost"], points["value"], strict=True)), names, axes.lines[-1:])
+        place_labels(
+            axes,
+            list(zip(points["cost"], points["value"], strict=True)),
+            names,
+            axes.lines[-points["ascends"].nunique() :],
+        )
     error = "mean squared error" if of == "mse" else "variance"
     caption = (
-        f"{cost.capitalize()} against {error}, both logarithmic: further down and left is better. On a grey line their product is "
-        f"the same, so a fixed {spent} buys the same error; each line is worth ten of the next. Black rims mark the Pareto front, "
-        "which no other estimator here surely dominates; the dashed steps are the front of the values alone. Bars: 95 % intervals."
+        f"{cost.capitalize()} against {error}, both logarithmic: further down and left is better. On a grey line their product "
+        f"is the same, so a fixed {spent} buys the same error (a bias stays, whatever is bought); each is ten of the next. "
+        "Black rims mark the Pareto front: nothing of the same objective is better at both, and surely at one. Dashed steps are "
+        "each objective's front of the values alone. Bars: 95 % intervals."
     )
     reasons = {False: "biased by an amount that was not measured", True: "on a scale of its own"}
     for rescaled, rows in unknown.groupby("rescaled"):
@@ -153,7 +159,7 @@ def cost_plane(found: pd.DataFrame, unknown: pd.DataFrame, problem: str, budget:
 
 
 def _points(axes: Any, points: pd.DataFrame, look: Mapping[str, Look]) -> None:
-    """Estimators with their intervals, black rims for those on the front, and the front's steps as the last line."""
+    """Estimators with their intervals, black rims for those on the front, and each objective's front as the last lines."""
     rim: Mapping[str, Any] = {"markeredgecolor": "black", "markersize": 7}
     none: Mapping[str, Any] = {"markeredgecolor": "white", "markersize": 6.5, "markeredgewidth": 0.6}
     for mark in selection.records(points):
@@ -162,16 +168,16 @@ def _points(axes: Any, points: pd.DataFrame, look: Mapping[str, Look]) -> None:
         canvas.point(
             axes, (mark.cost, mark.value), intervals, own.colour, marker=own.marker, **(rim if mark.front else none)
         )
-    steps = points[points["step"]].sort_values("cost")
-    axes.plot(
-        steps["cost"],
-        steps["value"],
-        color="0.15",
-        linewidth=1.0,
-        linestyle=(0, (4, 2)),
-        drawstyle="steps-post",
-        zorder=2,
-    )
+    for _, steps in points[points["step"]].sort_values("cost").groupby("ascends"):
+        axes.plot(
+            steps["cost"],
+            steps["value"],
+            color="0.15",
+            linewidth=1.0,
+            linestyle=(0, (4, 2)),
+            drawstyle="steps-post",
+            zorder=2,
+        )
 
 
 def _line(axes: Any, line: pd.DataFrame, look: Look) -> Any:

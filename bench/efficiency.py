@@ -77,9 +77,9 @@ def _product(row: dict[str, Any], cost: dict[str, float], name: str) -> dict[str
 
 
 def front(costs: Mapping[str, Value], errors: Mapping[str, Value]) -> set[str]:
-    """The Pareto front with its uncertainty: those that no other surely dominates.
+    """The Pareto front with its uncertainty: those that no other dominates.
 
-    One dominates another if it is surely as cheap and surely better, or surely cheaper and surely as good. Surely means that
+    One dominates another if it is as cheap and as good by its values, and surely cheaper or surely better. Surely means that
     intervals separate; of two errors with shards of the same noise, that the interval of their ratio does.
 
     >>> one, two = Value(1.0, 0.1, 0.8, 1.2), Value(2.0, 0.1, 1.8, 2.2)
@@ -98,17 +98,15 @@ def front(costs: Mapping[str, Value], errors: Mapping[str, Value]) -> set[str]:
 
 
 def _dominates(cost: Value, error: Value, other_cost: Value, other_error: Value) -> bool:
-    cheaper, as_cheap = _below(cost, other_cost)
-    better, as_good = _below(error, other_error)
-    return (as_cheap and better) or (cheaper and as_good)
+    no_worse = cost.value <= other_cost.value and error.value <= other_error.value
+    return no_worse and (_below(cost, other_cost) or _below(error, other_error))
 
 
-def _below(a: Value, b: Value) -> tuple[bool, bool]:
-    """Whether a is surely less than b, and whether it is surely no more."""
+def _below(a: Value, b: Value) -> bool:
+    """Whether a is surely less than b."""
     if len(a.jackknife) == len(b.jackknife) > 1 and min(*a.jackknife, *b.jackknife) > 0:
-        found = ratio(a, b)
-        return found.high < 1, found.high <= 1
-    return a.high < b.low, a.high <= b.low
+        return ratio(a, b).high < 1
+    return a.high < b.low
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ __all__ = [
     "learning_curves",
     "on_front",
     "ranks",
+    "ranks_by_objective",
     "shared_groups",
     "shares",
 ]
@@ -35,6 +36,7 @@ _WHO = [
     "biased",
     "rescaled",
     "tails",
+    "ascends",
 ]
 _INTERVAL = ["value", "low", "high"]
 
@@ -108,7 +110,7 @@ def on_front(measured: pd.DataFrame, budget: str) -> pd.DataFrame:
     else:
         found = found.assign(**dict.fromkeys(names.values(), found["evaluations"]))
     found = found[found["cost"] > 0].reset_index(drop=True).assign(front=False, step=False)
-    for _, points in found.groupby(["problem", "group"]):
+    for _, points in found.groupby(["problem", "group", "ascends"]):
         same = _same_noise(points)
         every = {row.Index: value_of(row) for row in selection.records(points)}
         values = every if same else {k: Value(v.value, v.stderr, v.low, v.high) for k, v in every.items()}
@@ -117,6 +119,14 @@ def on_front(measured: pd.DataFrame, budget: str) -> pd.DataFrame:
         best = points.sort_values(["cost", "value"])["value"].cummin()
         found.loc[best.index, "step"] = (points.loc[best.index, "value"] == best) & (best != best.shift())
     return found[[*_WHO, "group", "of", *names.values(), *_INTERVAL, "front", "step"]]
+
+
+def ranks_by_objective(rows: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """The places of each row, by label, among those that ascend the same objective: the lowest comes first."""
+    found: dict[str, tuple[int, int]] = {}
+    for _, of in rows.groupby("ascends"):
+        found |= ranks(of, "lower")
+    return found
 
 
 def ranks(rows: pd.DataFrame, better: Literal["lower", "higher"]) -> dict[str, tuple[int, int]]:

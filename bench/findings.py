@@ -13,7 +13,7 @@ from gradiometer.bench.compare import independent, paired_ratio, value_of
 from gradiometer.bench.efficiency import Work, times, work
 from gradiometer.bench.metrics import METRICS
 from gradiometer.bench.statistics import SHARDS, Value, exact, student
-from gradiometer.bench.tables import NONE_CHECKED
+from gradiometer.bench.tables import NONE_CHECKED, objective_words
 from gradiometer.bench.uncertain import format_interval, format_uncertain
 
 __all__ = ["findings"]
@@ -53,14 +53,14 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _quietest(errors: pd.DataFrame) -> Iterator[str]:
-    """Per problem and group, at the number of particles most estimators share: the lowest squared error, by how much."""
-    for problem, group, points in _cells(errors):
+    """Per problem, group and objective, at the number of particles most estimators share: the lowest squared error, by how much."""
+    for problem, group, points in _cells(errors, by="ascends"):
         counts = points.groupby("K").size()
         K = counts[counts == counts.max()].index.max()
         ranked = list(selection.records(points[points["K"] == K].sort_values(["value", "label"])))
         if len(ranked) < 2:
             continue
-        where = f"{problem}, {selection.group_words(group)}, K = {K:g}"
+        where = f"{problem}, {selection.group_words(group)}{_objective(ranked[0])}, K = {K:g}"
         quantity = "mean squared error" if any(row.metric == "mse" for row in ranked) else "variance"
         if noiseless := [_name(row) for row in ranked if row.value == 0]:
             yield f"{where}: without any noise: {', '.join(noiseless)}."
@@ -89,8 +89,8 @@ def _flips(errors: pd.DataFrame) -> Iterator[str]:
     """Per model and group, the pair of unbiased estimators of equal K whose order changes most between two snapshots."""
     for (model, group), points in errors[errors["metric"] == "variance"].groupby(["model", "group"], sort=True):
         at = {(row.label, row.snapshot): row for row in selection.records(points)}
-        labels = points.drop_duplicates("label").sort_values("label")[["label", "K"]].to_numpy()
-        pairs = [(a[0], b[0]) for a, b in itertools.permutations(labels, 2) if a[1] == b[1]]
+        labels = points.drop_duplicates("label").sort_values("label")[["label", "K", "ascends"]].to_numpy()
+        pairs = [(a[0], b[0]) for a, b in itertools.permutations(labels, 2) if (a[1:] == b[1:]).all()]
         found = []
         for (a, b), (one, two) in itertools.product(
             pairs, itertools.combinations(selection.snapshot_order(points["snapshot"]), 2)
@@ -113,9 +113,9 @@ def _flips(errors: pd.DataFrame) -> Iterator[str]:
 
 
 def _cheapest(measured: pd.DataFrame) -> Iterator[str]:
-    """Per problem and group, the lowest variance x time of what is unbiased, where its interval lies below every other."""
+    """Per problem, group and objective, the lowest variance x time of what is unbiased, where its interval is below all others."""
     measured = measured[(measured["metric"] == "variance_seconds") & ~measured["biased"] & ~measured["rescaled"]]
-    for problem, group, points in _cells(measured[measured["value"] >= 0]):
+    for problem, group, points in _cells(measured[measured["value"] >= 0], by="ascends"):
         ranked = list(selection.records(points.sort_values(["value", "label"])))
         if len(ranked) < 2 or ranked[0].value == 0 or not ranked[0].high < min(other.low for other in ranked[1:]):
             continue
@@ -123,8 +123,8 @@ def _cheapest(measured: pd.DataFrame) -> Iterator[str]:
         names = [_name(row) for row in (best, second)]
         times_as_long = paired_ratio(second, best) or independent(value_of(second), value_of(best))
         yield (
-            f"{problem}, {selection.group_words(group)}: {names[0]} makes the most of a second on this machine. {names[1]}, next, "
-            f"needs {_interval(times_as_long)} times as long for the same error."
+            f"{problem}, {selection.group_words(group)}{_objective(best)}: {names[0]} makes the most of a second on this machine. "
+            f"{names[1]}, next, needs {_interval(times_as_long)} times as long for the same error."
         )
 
 
@@ -215,11 +215,18 @@ def _trained(rows: pd.DataFrame) -> Iterator[str]:
         )
 
 
-def _cells(points: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def _cells(points: pd.DataFrame, by: str = "") -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """The points of each problem and group, and of each value of a further column if one is given."""
     for problem in selection.problem_order(points["problem"]):
         of_problem = points[points["problem"] == problem]
         for group in selection.group_order(of_problem["group"]):
-            yield problem, group, of_problem[of_problem["group"] == group]
+            of_group = of_problem[of_problem["group"] == group]
+            yield from ((problem, group, of) for _, of in (of_group.groupby(by) if by else [("", of_group)]))
+
+
+def _objective(row: Any) -> str:
+    """The objective of a row in a list of what is told of it."""
+    return f", {objective_words(row.ascends)}" if row.ascends else ""
 
 
 def _slope(line: pd.DataFrame) -> str:

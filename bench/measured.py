@@ -191,10 +191,9 @@ def columns_of(made: Any) -> dict[str, Any]:
 
 def columns_of_group(estimator: Estimator, group: str) -> dict[str, Any]:
     """The columns that all rows of a group share."""
-    ascends = estimator.facts.objective_of(group)
     facts = estimator.facts
     claims = {"biased": group in facts.biased, "rescaled": group in facts.rescaled}
-    return {"group": group, "space": "group", "ascends": ascends} | claims
+    return {"group": group, "space": "group", "ascends": estimator.ascends(group)} | claims
 
 
 def row_of(name: str, value: Value) -> dict[str, Any]:

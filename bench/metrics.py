@@ -155,7 +155,8 @@ _VALUES = (
         "nats",
         "higher",
         "mean over replicates",
-        "``E log mean_k w_k`` with the estimator's own K, on the measured minibatch; of nvi with its last weights.",
+        "``E log mean_k w_k`` with the estimator's own K, on the measured minibatch; of nvi with its last weights, of disarm with "
+        "its antithetic pairs.",
     ),
     Metric(
         "ess",
@@ -163,7 +164,8 @@ _VALUES = (
         "particles",
         "higher",
         "mean over replicates",
-        "``(sum w)^2 / sum w^2`` of the K weights of a data point, 1 to K; after the last resampling where there is one.",
+        "``(sum w)^2 / sum w^2`` of the K weights of a data point, 1 to K; after the last resampling where there is one. Of "
+        "particles as they are drawn: disarm's come in antithetic pairs.",
     ),
     Metric(
         "active_units",

@@ -41,7 +41,7 @@ _TEXT = (
         "device",
         "dtype",
     ),
-    *("group", "tensor", "metric", "randomness", "unit", "tails", "status", "reason"),
+    *("group", "ascends", "tensor", "metric", "randomness", "unit", "tails", "status", "reason"),
 )
 _NUMBERS = ("step", "seconds", "K", "B", "evaluations", "value", "stderr", "low", "high", "replicates", "minibatches")
 _DEFAULTS: dict[str, Any] = dict.fromkeys(_TEXT, "") | dict.fromkeys(_NUMBERS, math.nan)

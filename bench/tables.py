@@ -33,7 +33,8 @@ _HEADINGS = {
     "variance_seconds": "variance × time",
     "variance_evaluations": "variance × evaluations",
 }
-RANKED = "Rank: the places that the data leave open, at 95 % for all pairs together, by "
+RANKED = "Rank: the places that the data leave open, at 95 % for all pairs together, "
+WITHIN = "Variances and errors compete within one objective, since another has another gradient: "
 SEPARATED = "Bold: alone in the first place of its column; where the data leave that open, nothing is bold."
 UNRANKED = "Objectives of different estimators are different bounds, so their values are not ranked."
 BARE = "A directional SNR without ± has no interval: the direction of its mean gradient is hardly known."
@@ -47,7 +48,7 @@ SIGNS = {
     "§": "declared biased: a low variance is precision about a wrong value. It competes by its mean squared error alone.",
     "∝": "declared rescaled: its gradient and its variance have a factor of their own. It competes by ratios of signal to noise.",
     "¶": "heavy tails: the interval may be too short.",
-    "★": "on the Pareto front of cost and error: nothing here surely dominates it.",
+    "★": "on the Pareto front of cost and error: nothing of its objective is better at both, and surely at one.",
 }
 UNKNOWN, RESCALED = "bias unknown", "own scale"
 Places = dict[str, tuple[int, int]]
@@ -88,6 +89,12 @@ def heading(metric: str) -> str:
     return _HEADINGS.get(metric) or (METRICS[metric].label if metric in METRICS else metric.replace("_", " "))
 
 
+def objective_words(ascends: str) -> str:
+    """How an objective is called."""
+    name, _, settings = ascends.partition(":")
+    return {"elbo": "ELBO", "iwelbo": f"{settings.removeprefix('K=')}-sample bound"}.get(name, name)
+
+
 def unit_text(unit: str) -> str:
     """A unit as text: ``(nats / parameter)^2`` becomes ``(nats/parameter)²``, a pure number nothing."""
     return "" if unit == "1" else unit.replace(" / ", "/").replace("^2", "²")
@@ -112,7 +119,7 @@ def table_of(rows: pd.DataFrame, metrics: tuple[str, ...], problem: str, group: 
     if wanted.empty:
         return None
     shown, errors = _shown(of_group, metrics), selection.squared_errors(of_group)
-    places = figures.ranks(errors, "lower") if {"variance", "rank"} <= set(shown) and len(errors) > 1 else {}
+    places = figures.ranks_by_objective(errors) if {"variance", "rank"} <= set(shown) and len(errors) > 1 else {}
     found = []
     for metric in shown:
         of_metric = of_group[of_group["metric"] == metric]
@@ -204,9 +211,15 @@ def _column(metric: str, rows: pd.DataFrame, places: Places | None) -> tuple[Col
     if places is None:  # a biased estimator wins nothing by its noise, nor does one of another scale
         scaled = known["rescaled"] & (better == "lower")
         able = known[~known["biased"] & ~scaled]
-        places = figures.ranks(able, "lower" if better == "lower" else "higher") if better else {}
-    if len(places) > 1:
-        cells |= {label: replace(cells[label], bold=True) for label, place in places.items() if place == (1, 1)}
+        places = (
+            figures.ranks_by_objective(able) if better == "lower" else figures.ranks(able, "higher") if better else {}
+        )
+    rivals = known[known["label"].isin(list(places))]
+    if better != "higher":  # within one objective
+        rivals = rivals[rivals.groupby("ascends")["label"].transform("size") > 1]
+    if len(rivals) > 1:
+        first = {label for label in rivals["label"] if places[label] == (1, 1)}
+        cells |= {label: replace(cells[label], bold=True) for label in first}
     unit = unit_text(str(rows["unit"].iloc[0]))
     exponent = shared_exponent((cell.value, cell.stderr) for cell in cells.values())
     return Column(metric, heading(metric), unit, exponent, better), cells
@@ -264,7 +277,11 @@ def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
         yield f"{UNMET}{unmet}."
     shown = {column.metric for column in table.columns}
     if "rank" in shown:
-        yield f"{RANKED}{'mean squared error' if 'mse' in shown else 'variance'}."
+        yield f"{RANKED}by {'mean squared error' if 'mse' in shown else 'variance'}."
+        competing = uncertain[uncertain["ascends"] != ""].groupby("ascends", sort=False)["label"].unique()
+        if len(competing) > 1:
+            said = (f"{objective_words(str(of))}: {', '.join(names)}" for of, names in competing.items())
+            yield f"{WITHIN}{'; '.join(said)}."
     if any(column.better for column in table.columns):
         yield SEPARATED
     if "objective" in shown:

@@ -171,6 +171,21 @@ class Estimator(ABC):
         """Memory before the first step; `x` is one minibatch ``[B, ...]``."""
         return State()
 
+    def ascends(self, group: str) -> str:
+        """The objective of a group's gradient with all that it depends on: those that share it have one mean, but for bias.
+
+        The ELBO depends on nothing; of one particle, the K-sample bound is the ELBO. Where an estimator draws by networks of its
+        own, which its objectives name, its bounds are its own, too.
+        """
+        name = self.facts.objective_of(group)
+        if name in ("", "elbo"):
+            return name
+        if self.facts.named - {"generative", "inference"}:
+            return f"{name} of {self}"
+        if name == "iwelbo":
+            return f"iwelbo:K={self.K}" if self.K > 1 else "elbo"
+        return f"{name}:{','.join(f'{f.name}={getattr(self, f.name)}' for f in fields(self))}"
+
     def objective(self, log_w: Tensor) -> Tensor:
         """The value of the objective from the log weights ``[K, *batch]``; ``[*batch]``."""
         name = self.facts.objective_of("generative")

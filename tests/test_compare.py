@@ -428,16 +428,17 @@ def test_the_error_of_a_time_is_in_the_ratio_though_no_shard_holds_it() -> None:
     assert math.log(found.value.high / 0.5) == pytest.approx(1.959964 * 0.2, rel=1e-5)
 
 
-def test_the_front_is_what_nothing_surely_dominates() -> None:
+def test_the_front_is_what_nothing_beats_at_both_and_surely_at_one() -> None:
     def point(value: float, half: float = 0.0) -> Value:
         return Value(value, half / 2, value - half, value + half)
 
     costs = {"cheap": point(1), "dear": point(2), "as cheap": point(1.01, 0.05)}
     errors = {"cheap": point(2, 0.1), "dear": point(1, 0.1), "as cheap": point(5, 0.1)}
-    assert front(costs, errors) == {"cheap", "dear", "as cheap"}, "its time overlaps"
-    assert front(costs | {"as cheap": point(1.2, 0.05)}, errors) == {"cheap", "dear"}
-    assert front(costs, errors | {"dear": point(1.95, 0.1)}) == {"cheap", "dear", "as cheap"}, "errors overlap"
-    assert front(costs, errors | {"dear": point(2.5, 0.1)}) == {"cheap", "as cheap"}
+    assert front(costs, errors) == {"cheap", "dear"}, "its time overlaps, and its error is surely larger"
+    assert front(costs | {"as cheap": point(0.99, 0.05)}, errors) == {"cheap", "dear", "as cheap"}
+    assert front(costs, errors | {"as cheap": point(2.05, 0.1)}) == {"cheap", "dear", "as cheap"}, "both overlap"
+    assert front(costs, errors | {"dear": point(1.95, 0.1)}) == {"cheap", "dear"}, "errors overlap"
+    assert front(costs, errors | {"dear": point(2.05, 0.1)}) == {"cheap"}
 
 
 def test_shards_of_the_same_noise_tell_errors_apart_where_intervals_overlap() -> None:

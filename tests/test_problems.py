@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from gradiometer.bench import named
+from gradiometer.bench.costs import cost
 from gradiometer.bench.data import load
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.measurement import measure
-from gradiometer.bench.models.toys import BernoulliToy
+from gradiometer.bench.models.toys import BernoulliToy, GaussianToy
 from gradiometer.bench.named import REFERENCES, TOYS, named_problem, parse_problem
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.estimators import parse
