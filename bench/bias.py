@@ -121,14 +121,13 @@ def apart(state: State) -> tuple[State, State]:
 
     def of(prefix: str) -> State:
         start = f"{prefix} "
-        kept = ({n.removeprefix(start): m for n, m in d.items() if n.startswith(start)} for d in _memories(state))
-        return State(*kept)
+        tracked, learned = (
+            {name.removeprefix(start): kept for name, kept in memory.items() if name.startswith(start)}
+            for memory in (state.tracked, state.learned)
+        )
+        return State(tracked, learned)
 
     return of(FIRST), of(SECOND)
-
-
-def _memories(state: State) -> tuple[dict[str, Any], dict[str, Any]]:
-    return state.tracked, state.learned
 
 
 def _without(terms: Mapping[str, Tensor], state: State) -> dict[str, Tensor]:

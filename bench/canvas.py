@@ -20,6 +20,7 @@ _SIGNS = {
     "†": "has not passed a check.",
     "§": "declared biased, for some group here: low noise is precision about a wrong value.",
     "∝": "declared rescaled, for some group here: its gradient has a factor of its own, and so have its errors.",
+    "ℓ": "learns beside the estimate: of one memory, and another may be far from it.",
     "¶": "heavy tails: an interval may be too short.",
 }
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}

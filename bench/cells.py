@@ -31,7 +31,7 @@ from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.records import code_of, docstrings, modules_of, passed
 from gradiometer.bench.replicates import MEMORY
 from gradiometer.bench.statistics import jackknife
-from gradiometer.bench.training import Recipe, train
+from gradiometer.bench.training import SETTLE, Recipe, train
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import parse
 from gradiometer.estimators.weights import log_mean_exp
@@ -53,9 +53,9 @@ EVALUATION_PARTICLES = 64
 class Cell:
     """One measurement; every field that its kind reads can change its numbers.
 
-    Of a gradient, `metrics` are those that must be among the rows (all if none is named); `precision`, `budget` and `memory` are as
-    `measure_all` takes them; `tensors` adds rows of single parameters. With `minibatches` its variance is decomposed, and
-    `replicates` are those of each minibatch.
+    Of a gradient, `metrics` are those that must be among the rows (all if none is named); `precision`, `budget`, `memory`
+    and `settle` are as `measure_all` takes them; `tensors` adds rows of single parameters. With `minibatches` its
+    variance is decomposed, and `replicates` are those of each minibatch.
     """
 
     kind: Literal["gradient", "cost", "training"]
@@ -70,6 +70,7 @@ class Cell:
     precision: float | None = None
     budget: int | None = None
     memory: int = MEMORY
+    settle: int = SETTLE
     tensors: bool = False
     minibatches: int = 0
     device: str = "cpu"
@@ -208,6 +209,7 @@ def _gradients(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
         precision=cell.precision,
         budget=cell.budget,
         memory=cell.memory,
+        settle=cell.settle,
     )
     return [m.rows(tensors=cell.tensors) for m in measured]
 
@@ -224,6 +226,7 @@ def _decompositions(cells: Sequence[Cell]) -> list[list[dict[str, Any]]]:
         device=cell.device,
         dtype=DTYPES[cell.dtype],
         memory=cell.memory,
+        settle=cell.settle,
     )
     return [of.rows(tensors=cell.tensors) for of in found]
 

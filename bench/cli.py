@@ -172,6 +172,12 @@ def run(
 @PRECISION
 @BUDGET
 @MEMORY
+@click.option(
+    "--settle",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Steps that averages, baselines and control variates learn in before they are frozen; 300 if not given.",
+)
 @click.option("--out", type=FOLDER, help="Also keep the rows in this folder.")
 @PLUGIN
 def measure(
@@ -189,6 +195,7 @@ def measure(
     precision: str | None,
     budget: int | None,
     memory: str | None,
+    settle: int | None,
     out: Path | None,
     plugins: tuple[str, ...],
 ) -> None:
@@ -224,6 +231,7 @@ def measure(
     of |= {"reference": _word(reference) if reference else "", "minibatches": minibatches or 0, "tensors": tensors}
     of |= {"precision": amount("--precision", Precision, precision)} if precision else {}
     of |= {"memory": amount("--memory", Memory, memory)} if memory else {}
+    of |= {"settle": settle} if settle is not None else {}
     cells = [Cell("gradient", estimator=word, **of, **shared) for word in estimators]
     if set(metrics) & set(COST) - {"evaluations", "variance_evaluations"}:
         cells += [Cell("cost", estimator=w, **shared) for w in estimators]

@@ -30,7 +30,7 @@ from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, draws
 from gradiometer.bench.statistics import Value
 from gradiometer.bench.subject import Subject
 from gradiometer.bench.tape import NotRows, Part
-from gradiometer.bench.training import evaluations_of_learning, settled
+from gradiometer.bench.training import SETTLE, evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.registry import parse
 
@@ -46,6 +46,7 @@ class Decomposition:
         traces: by parameter, as `OneWay` leaves them.
         groups: the parameters of each group.
         evaluations: of the joint, per data point and gradient, with those that control variates learn by.
+        settled: steps that its memory was given, if it has one.
         engine, chunk, note: how it was computed, and what went otherwise than planned.
     """
 
@@ -57,6 +58,7 @@ class Decomposition:
     traces: Mapping[str, Array]
     groups: Mapping[str, tuple[str, ...]]
     evaluations: float
+    settled: int
     engine: str
     chunk: int
     note: str = ""
@@ -119,6 +121,7 @@ def decompose(
     dtype: torch.dtype = torch.float32,
     memory: int = MEMORY,
     chunk: int | None = None,
+    settle: int = SETTLE,
 ) -> list[Decomposition]:
     """Tell the estimator's noise from the minibatch's; all estimators see the same minibatches, and on each the same noise.
 
@@ -130,7 +133,7 @@ def decompose(
         minibatches: at least 4. The minibatch's part is as precise as these are many.
         replicates: of each minibatch, at least 4, with noise of their own.
         seed: of the minibatches and of the noise.
-        engine, device, dtype, memory, chunk: as in `measure_all`.
+        engine, device, dtype, memory, chunk, settle: as in `measure_all`.
 
     Raises:
         ValueError: the problem has no minibatches or lacks what an estimator needs, or there are too few.
@@ -157,7 +160,9 @@ def decompose(
     with full_precision():
         subjects = []
         for estimator in chosen:
-            state = settled(estimator, model, x, seed, lambda step: minibatch(problem, seed, step, "settle").to(x))
+            state = settled(
+                estimator, model, x, seed, lambda step: minibatch(problem, seed, step, "settle").to(x), settle
+            )
             subjects.append(Subject(estimator, counted, x, state, trainable(model, state)))
         asked = _Asked(problem, minibatches, replicates, seed)
         return Ways(engine, seed, Limits(memory, chunk)).carry_out(asked.of, subjects, traces=True)
@@ -197,6 +202,7 @@ class _Asked:
                 {name: analysis.traces() for name, analysis in of.items()},
                 {group: tuple(members) for group, members in subject.parameters.items()},
                 of_estimate + evaluations_of_learning(subject.estimator, subject.model, subject.x, subject.state),
+                subject.state.steps,
                 plan.engine,
                 plan.chunk,
                 plan.note,

@@ -85,7 +85,7 @@ def front(costs: Mapping[str, Value], errors: Mapping[str, Value]) -> set[str]:
     >>> one, two = Value(1.0, 0.1, 0.8, 1.2), Value(2.0, 0.1, 1.8, 2.2)
     >>> sorted(front({"a": one, "b": two}, {"a": one, "b": two}))
     ['a']
-    >>> sorted(front({"a": one, "b": two}, {"a": one, "b": one}))
+    >>> sorted(front({"a": one, "b": two}, {"a": two, "b": one}))
     ['a', 'b']
     """
     return {

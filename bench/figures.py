@@ -37,6 +37,7 @@ _WHO = [
     "rescaled",
     "tails",
     "ascends",
+    "settled",
 ]
 _INTERVAL = ["value", "low", "high"]
 

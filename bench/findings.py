@@ -254,5 +254,6 @@ def _name(row: Any) -> str:
 def _doubts(row: Any) -> str:
     """That an estimator has not been checked where others have, that it is biased or rescaled, that its tails are heavy."""
     said = [word for word in ("unchecked", "biased", "rescaled") if getattr(row, word)]
+    said += ["one memory"] * (row.settled > 0)
     said += ["heavy tails"] * (row.tails == "heavy")
     return f" ({', '.join(said)})" if said else ""

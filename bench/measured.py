@@ -48,6 +48,7 @@ class Measurement:
         directed: the direction of the projections is a reference's.
         turns: per group and shard of the first half, the first-order change of `directional_snr` without it in the direction.
         compared: by group, what its bias is told by, where there is something.
+        settled: steps that its memory was given, if it has one.
     """
 
     problem: Problem
@@ -66,6 +67,7 @@ class Measurement:
     precision_met: bool | None = None
     directed: bool = False
     turns: Mapping[str, Array] = field(default_factory=dict)
+    settled: int = 0
     compared: Mapping[str, Compared] = field(default_factory=dict)
 
     @functools.cached_property
@@ -180,6 +182,7 @@ def columns_of(made: Any) -> dict[str, Any]:
         "B": len(made.problem.x),
         "evaluations": made.evaluations,
         "seed": made.seed,
+        "settled": made.settled,
         "engine": made.engine,
         "chunk": made.chunk,
         "randomness": "estimator",

@@ -21,7 +21,7 @@ from gradiometer.bench.products import full_precision
 from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, draws, looped, plans
 from gradiometer.bench.subject import Subject
 from gradiometer.bench.tape import NotRows
-from gradiometer.bench.training import evaluations_of_learning, settled
+from gradiometer.bench.training import SETTLE, evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK
 from gradiometer.estimators.registry import nearest, parse
@@ -45,6 +45,7 @@ def measure(
     budget: int | None = None,
     memory: int = MEMORY,
     chunk: int | None = None,
+    settle: int = SETTLE,
 ) -> Measurement:
     """Measure the gradient `estimator` gives on `problem`; arguments and errors are those of `measure_all`.
 
@@ -68,6 +69,7 @@ def measure(
         budget=budget,
         memory=memory,
         chunk=chunk,
+        settle=settle,
     )
     return found
 
@@ -87,6 +89,7 @@ def measure_all(
     budget: int | None = None,
     memory: int = MEMORY,
     chunk: int | None = None,
+    settle: int = SETTLE,
 ) -> list[Measurement]:
     """Measure the gradients of `estimators`, those given by weights of equally many particles in one pass over the same particles.
 
@@ -108,6 +111,8 @@ def measure_all(
         budget: the most replicates that a precision may take; 100 times `replicates` if None.
         memory: bytes to take beside the model and the data, from which the replicates in a batch follow.
         chunk: replicates in a batch; from B, K, the device and `memory` if None.
+        settle: steps in which averages, baselines, control variates and kernels are learned at the problem's parameters, from fresh
+            ones, before they are frozen. The numbers are of that one memory.
 
     Raises:
         ValueError: the problem lacks what an estimator needs, or there are too few replicates.
@@ -137,13 +142,14 @@ def measure_all(
                 "dtype": dtype,
                 "memory": memory,
                 "chunk": chunk,
+                "settle": settle,
             }
             first = measure(problem, trusted, seed=seed + 1, only=["gradient_norm"], **options)
             means = {name: torch.as_tensor(mean, device=device) for name, mean in first.mean.items()}
-        subjects = [_subject(estimator, counted, x, seed) for estimator in chosen]
+        subjects = [_subject(estimator, counted, x, seed, settle) for estimator in chosen]
         ways = Ways(engine, seed, Limits(memory, chunk, finer=precision is not None))
         budget = budget or 100 * replicates
-        asked = _Asked(problem, replicates, seed, means, precision, budget, units, finer=precision is not None)
+        asked = _Asked(problem, replicates, seed, means, precision, budget, units, settle, finer=precision is not None)
         traces = bool(only) and not set(only) & set(metrics.OF_COORDINATES)
         found = ways.carry_out(asked.of, subjects, traces)
         if bias.wanted(only):
@@ -152,8 +158,8 @@ def measure_all(
     return found
 
 
-def _subject(estimator: Estimator, model: Counted, x: Tensor, seed: int) -> Subject:
-    state = settled(estimator, model._model, x, seed)
+def _subject(estimator: Estimator, model: Counted, x: Tensor, seed: int, settle: int) -> Subject:
+    state = settled(estimator, model._model, x, seed, steps=settle)
     return Subject(estimator, model, x, state, trainable(model._model, state))
 
 
@@ -175,7 +181,7 @@ def _compared(
             parameters = trainable(model._model, State())
             word = str(c.reference)
             if word not in known:
-                known[word] = _subject(c.reference, model, x, asked.seed)
+                known[word] = _subject(c.reference, model, x, asked.seed, asked.settle)
             trusted = known[word]
             extra[word] = replace(trusted, parameters=parameters)
             state = bias.joined(subjects[i].state, trusted.state)
@@ -261,6 +267,7 @@ class _Asked:
     precision: float | None
     budget: int
     units: int | None
+    settle: int
     upto: int | None = None  # replicates, in the place of a precision
     finer: bool = False  # shards, whose errors are precise enough to stop by
 
@@ -309,6 +316,7 @@ class _Asked:
             met if self.precision else None,
             self.means is not None,
             folding.turns(position),
+            settled=subject.state.steps,
         )
 
     def _fold(self, plan: Plan, folding: Folding, replicates: range) -> None:

@@ -43,7 +43,20 @@ _TEXT = (
     ),
     *("group", "ascends", "tensor", "metric", "randomness", "unit", "tails", "status", "reason"),
 )
-_NUMBERS = ("step", "seconds", "K", "B", "evaluations", "value", "stderr", "low", "high", "replicates", "minibatches")
+_NUMBERS = (
+    "step",
+    "seconds",
+    "K",
+    "B",
+    "evaluations",
+    "value",
+    "stderr",
+    "low",
+    "high",
+    "replicates",
+    "minibatches",
+    "settled",
+)
 _DEFAULTS: dict[str, Any] = dict.fromkeys(_TEXT, "") | dict.fromkeys(_NUMBERS, math.nan)
 _DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "biased": False, "rescaled": False}
 _DEFAULTS |= {"jackknife": None, "precision_met": None}
@@ -131,12 +144,16 @@ def of_unknown_error(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def marks(found: pd.DataFrame, by: str = "label") -> dict[str, str]:
-    """The signs that each label carries: † not checked, where others are, § biased, ∝ rescaled, ¶ heavy tails; "" for none."""
+    """The signs that each label carries, "" for none.
+
+    † not checked, where others are, § biased, ∝ rescaled, ℓ learned beside, ¶ heavy tails.
+    """
     some = bool(found["checked"].any())
     signs = {}
     for name, rows in found.groupby(by, sort=False):
         sign = "†" * (some and not rows["checked"].all()) + "§" * bool(rows["biased"].any())
-        sign += "∝" * bool(rows["rescaled"].any()) + "¶" * bool((rows["tails"] == "heavy").any())
+        sign += "∝" * bool(rows["rescaled"].any()) + "ℓ" * bool((rows["settled"] > 0).any())
+        sign += "¶" * bool((rows["tails"] == "heavy").any())
         signs[str(name)] = f" {sign}" if sign else ""
     return signs
 

@@ -21,13 +21,14 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 COLUMNS = (
     "suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "digest", "step", "seconds",
-    "estimator", "code", "family", "K", "B", "evaluations", "seed", "device", "machine", "dtype", "threads", "engine", "chunk",
-    "group", "ascends", "biased", "rescaled", "tensor", "metric", "reference", "space", "randomness", "reduction", "scale",
+    "estimator", "code", "family", "K", "B", "evaluations", "seed", "settled", "device", "machine", "dtype", "threads", "engine",
+    "chunk", "group", "ascends", "biased", "rescaled", "tensor", "metric", "reference", "space", "randomness", "reduction", "scale",
     "unit", "version", "value", "stderr", "low", "high", "replicates", "minibatches", "tails", "precision_met",
     "checked", "status", "reason", "manifest", "jackknife",
 )  # fmt: skip
 NUMBERS = frozenset(
-    {"step", "seconds", "K", "B", "evaluations", "seed", "replicates", "minibatches", "version", "value", "stderr", "low", "high"}
+    {"step", "seconds", "K", "B", "evaluations", "seed", "settled", "replicates", "minibatches", "version", "value", "stderr"}
+    | {"low", "high"}
 )  # fmt: skip
 TEXT = (
     frozenset(COLUMNS) - NUMBERS - {"threads", "chunk", "precision_met", "checked", "biased", "rescaled", "jackknife"}

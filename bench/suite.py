@@ -28,6 +28,7 @@ from gradiometer.bench.errors import RequestError
 from gradiometer.bench.metrics import COST, METRICS, OF_COORDINATES
 from gradiometer.bench.named import REFERENCES, parse_problem
 from gradiometer.bench.replicates import MEMORY
+from gradiometer.bench.training import SETTLE
 from gradiometer.estimators.registry import nearest, parse
 
 
@@ -130,6 +131,7 @@ class GradientBlock(Block):
     precision: Precision | None = None
     budget: Annotated[int, Field(ge=4)] | None = None
     memory: Memory = MEMORY
+    settle: Annotated[int, Field(ge=0)] = SETTLE
     dtype: Literal["float32", "float64"] = "float32"
 
     @model_validator(mode="after")
@@ -222,6 +224,7 @@ class Suite(BaseModel):
                 "precision": g.precision,
                 "budget": g.budget,
                 "memory": g.memory,
+                "settle": g.settle,
                 "dtype": g.dtype,
             }
             for problem in g.problems:

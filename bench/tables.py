@@ -47,6 +47,8 @@ SIGNS = {
     "†": f"has not passed a check by the harness: {CLAIM}",
     "§": "declared biased: a low variance is precision about a wrong value. It competes by its mean squared error alone.",
     "∝": "declared rescaled: its gradient and its variance have a factor of their own. It competes by ratios of signal to noise.",
+    "ℓ": "learns beside the estimate: of one memory, frozen after some steps at these parameters (column settled of the rows); "
+    "another seed's, or one of more steps, may be far from it, which no interval holds.",
     "¶": "heavy tails: the interval may be too short.",
     "★": "on the Pareto front of cost and error: nothing of its objective is better at both, and surely at one.",
 }
@@ -202,7 +204,7 @@ def _column(metric: str, rows: pd.DataFrame, places: Places | None) -> tuple[Col
             float(row.stderr),
             float(row.low),
             float(row.high),
-            signs=("§" * row.biased + "∝" * row.rescaled if metric in GRADIENT else "")
+            signs=("§" * row.biased + "∝" * row.rescaled + "ℓ" * (row.settled > 0) if metric in GRADIENT else "")
             + "¶" * (row.tails == "heavy" and metric in (*GRADIENT, "mse")),
         )
         for row in selection.records(known)

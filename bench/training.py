@@ -15,7 +15,7 @@ from gradiometer.bench.gradients import Counted, Draw, add_gradients, one, surro
 from gradiometer.estimators.base import Estimator, State, Surrogate
 from gradiometer.estimators.noise import Rng
 
-SETTLE = 300  # steps that tracked averages and learned modules get at the problem's parameters before they are frozen
+SETTLE = 300  # steps that a memory gets at the problem's parameters before it is frozen, if nothing else is asked
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,19 @@ def train(model: Any, estimator: Estimator, dataset: Dataset, recipe: Recipe) ->
 
 
 def settled(
-    estimator: Estimator, model: Any, x: Tensor, seed: int, minibatch: Callable[[int], Tensor] | None = None
+    estimator: Estimator,
+    model: Any,
+    x: Tensor,
+    seed: int,
+    minibatch: Callable[[int], Tensor] | None = None,
+    steps: int = SETTLE,
 ) -> State:
-    """The estimator's memory after `SETTLE` steps at these parameters, on noise of its own.
+    """The estimator's memory after some steps at these parameters, on noise of its own.
 
     All steps are on `x`, or each on the `minibatch` of its number.
     """
     state = initial_state(estimator, model, x, seed)
-    learn(estimator, model, x, state, SETTLE, seed, minibatch=minibatch)
+    learn(estimator, model, x, state, steps, seed, minibatch=minibatch)
     return state
 
 
@@ -86,6 +91,7 @@ def learn(
     for step in range(steps):
         rng = Rng(seed, step, "settle", x.device, block=1)
         learning_step(estimator, model, x if minibatch is None else minibatch(step), rng, state, learned, optimizer)
+    state.steps += steps
 
 
 def initial_state(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:

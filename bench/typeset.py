@@ -271,7 +271,14 @@ def _latex_cell(column: Column, cell: Cell | None) -> str:
 _LATEX = {character: f"\\{character}" for character in "{}#$%&_"}
 _LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
 _LATEX |= {"×": r"$\times$", "±": r"$\pm$", "≤": r"$\leq$", "≥": r"$\geq$", "<": "$<$", ">": "$>$", "|": "$|$"}
-_LATEX |= {"†": r"$^\dagger$", "‡": r"$^\ddagger$", "★": r"$^\star$", "§": r"\textsuperscript{\S}", "∝": r"$^\propto$"}
+_LATEX |= {
+    "†": r"$^\dagger$",
+    "‡": r"$^\ddagger$",
+    "★": r"$^\star$",
+    "§": r"\textsuperscript{\S}",
+    "∝": r"$^\propto$",
+    "ℓ": r"$^\ell$",
+}
 _LATEX |= {"¶": r"\textsuperscript{\P}", "−": "$-$"}
 
 

@@ -131,7 +131,8 @@ class Average:
 
 @dataclass
 class State:
-    """What an estimator remembers between steps: `tracked` averages, and `learned` modules, one parameter group each.
+    """What an estimator remembers between steps: `tracked` averages, and `learned` modules, one parameter group each; and how many
+    `steps` it was given at the parameters where it is measured.
 
     A learned group is part of the estimate, and is measured, if ``facts.objective`` is a mapping that names it; the others are
     baselines and control variates, which only training moves.
@@ -139,6 +140,7 @@ class State:
 
     tracked: dict[str, Average] = field(default_factory=dict)
     learned: dict[str, nn.Module] = field(default_factory=dict)
+    steps: int = 0
 
 
 @dataclass(frozen=True)

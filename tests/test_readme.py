@@ -45,7 +45,7 @@ def test_the_suite_of_the_readme_is_one_with_every_kind_of_block(tmp_path):
     (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
     _, suite = read(str(tmp_path / "mine.toml"), ())
     kinds = [cell.kind for cell, _ in suite.cells()]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"gradient": 18 + 2 + 2, "cost": 6, "training": 6}
+    assert {kind: kinds.count(kind) for kind in kinds} == {"gradient": 18 + 2 + 3 + 2, "cost": 6, "training": 6}
     keys = {name for block in BLOCKS.values() for name in block.model_fields} | {*Suite.model_fields}
     section = README.partition("## Write a suite")[2].partition("## ")[0]
     assert {name for name in keys if not re.search(rf"\b{name}\b", section)} == set()
