@@ -89,16 +89,15 @@ class Batch:
         x = self.x.expand(tape.R, *self.x.shape)  # [R, B, ...]
         if self.by_columns:
             return self._weigh(_Particles(self, tape, x, rng), x, tape)
-        log_w = None
-        model = _OneGuide(self.model, x, tape)
+        model, log_w = _OneGuide(self.model, x, tape), []
         for surrogate in surrogates(self.estimators[0], model, x, rng, self.states[0]):
             for group, term in surrogate.terms.items():
                 if term.requires_grad:
                     if term.shape[:1] != (tape.R,):
                         raise NotRows(f"the term of group {group!r} has shape {tuple(term.shape)}, not (R, B)")
                     tape.ascend(group, term.flatten(1).mean(1).sum())
-            log_w = surrogate.log_w if surrogate.log_w is not None else log_w
-        return log_w
+            log_w += [] if surrogate.log_w is None else [surrogate.log_w]
+        return torch.cat(log_w) if log_w else None
 
     def _weigh(self, drawn: _Particles, x: Tensor, tape: Tape) -> Tensor:
         """One backward pass for all columns: the gradient of each row is its column times the plain one.

@@ -120,12 +120,9 @@ def apart(state: State) -> tuple[State, State]:
     """The memories that were `joined`."""
 
     def of(prefix: str) -> State:
-        start = f"{prefix} "
-        tracked, learned = (
-            {name.removeprefix(start): kept for name, kept in memory.items() if name.startswith(start)}
-            for memory in (state.tracked, state.learned)
-        )
-        return State(tracked, learned)
+        own = len(prefix) + 1
+        tracked = {name[own:]: average for name, average in state.tracked.items() if name.startswith(f"{prefix} ")}
+        return State(tracked, {n[own:]: module for n, module in state.learned.items() if n.startswith(f"{prefix} ")})
 
     return of(FIRST), of(SECOND)
 

@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.problems import Problem, reason_to_skip
-from gradiometer.bench.statistics import Value, exact, jackknife
+from gradiometer.bench.statistics import Value, exact, normal
 from gradiometer.bench.training import ascent, initial_state
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import parse
 
-ROUNDS = 16  # timed blocks, each its own shard of the error bar
+ROUNDS = 16  # timed blocks
+OUTER = 3  # of them on either side lie outside of the interval of the median
 
 
 def cost(
@@ -78,10 +79,14 @@ def _seconds(step: Any, threads: int, budget: float) -> list[float]:
     return [timer.timeit(number).mean for _ in range(ROUNDS)]
 
 
-def _median(times: list[float]) -> Value:
-    """The median, with a jackknife over groups of four blocks: deleting one at a time is no error bar for a median."""
-    without = [statistics.median(times[:i] + times[i + 4 :]) for i in range(0, len(times), 4)]
-    return jackknife(statistics.median(times), without, positive=True)
+def _median(values: list[float]) -> Value:
+    """The median, between the order statistics that hold it at 97.9 % for `ROUNDS` independent blocks, whatever they are like.
+
+    They are nearly independent: a machine that is busy with something else for seconds moves all of them, which no interval holds.
+    """
+    ordered = sorted(values)
+    low, high = ordered[OUTER], ordered[-1 - OUTER]
+    return Value(statistics.median(values), (high - low) / (2 * normal()), low, high)
 
 
 def peak_memory(step: Any, x: Tensor) -> int:

@@ -40,13 +40,20 @@ class Counted:
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         value: Tensor = self._model.log_joint(x, z)
-        self.evaluations += value.numel()
+        self.evaluations += _elements(value)
         return value
 
     def likelihood(self, z: Tensor) -> Any:
         distribution = self._model.likelihood(z)
-        self.evaluations += distribution.batch_shape.numel()
+        self.evaluations += distribution.batch_shape.numel() * (_elements(z) // max(1, z.numel()))
         return distribution
+
+
+def _elements(values: Tensor) -> int:
+    """How many there are, those included that `torch.func.vmap` runs over."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(values):
+        values = torch._C._functorch.get_unwrapped(values)
+    return values.numel()
 
 
 def trainable(model: Any, state: State) -> dict[str, dict[str, nn.Parameter]]:
@@ -96,7 +103,7 @@ def one(
     Each surrogate is first `heard`, while it has its graph.
     """
     total: dict[str, Tensor] = {}
-    log_w = None
+    log_w: list[Tensor] = []
     named: set[str] = set()
     for surrogate in surrogates(estimator, model, x, rng, state):
         _must_make_sense(estimator, model, x, state, surrogate.terms)
@@ -104,7 +111,7 @@ def one(
         if heard is not None:
             heard(surrogate)
         add_gradients(total, surrogate.terms, parameters)
-        log_w = surrogate.log_w if surrogate.log_w is not None else log_w
+        log_w += [] if surrogate.log_w is None else [surrogate.log_w]
     if lacking := [group for group in model.groups if group in parameters and group not in named]:
         have = " and ".join(sorted(named))
         raise ValueError(
@@ -113,7 +120,9 @@ def one(
     for members in parameters.values():
         for name, parameter in members.items():
             total.setdefault(name, torch.zeros_like(parameter))
-    return Draw(total, log_w)
+    if (particles := sum(map(len, log_w))) not in (0, estimator.K):
+        raise ValueError(f"{estimator} gives log weights of {particles} particles, and K is {estimator.K}")
+    return Draw(total, torch.cat(log_w) if log_w else None)
 
 
 def _must_make_sense(estimator: Estimator, model: Any, x: Tensor, state: State, terms: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 SHARDS = 16  # of replicates, each left out once
-ROUNDING = 1e-5  # of a value made in single precision, by another order of its sums
+ROUNDING = 1e-4  # of a value made in single precision, by another order of its sums
 Array = NDArray[np.float64]
 
 

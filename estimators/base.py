@@ -101,10 +101,11 @@ class Surrogate:
     """Losses in place of gradients.
 
     ``terms[g]`` is differentiated with respect to group ``g`` only, and ascended; its value means nothing. ``log_w`` (detached,
-    ``[K, *batch]``) gives the objective and the weights' statistics; ``observe`` is what tracked averages follow. ``value``
-    (detached) is for terms that are one function's derivative, exact for its mean and biased for the objective, a relaxation's:
-    checks hold them to it, and it is never reported. ``learn()`` gives terms ``{group: [*batch]}`` that train learned baselines and
-    control variates on the same draws, and are no part of the estimate; only training asks for them.
+    ``[K, *batch]``, of several surrogates K together) gives the objective and the weights' statistics; ``observe`` is what
+    tracked averages follow. ``value`` (detached) is for terms that are one function's derivative, exact for its mean and biased
+    for the objective, a relaxation's: checks hold them to it, and it is never reported. ``learn()`` gives
+    terms that train learned baselines and control variates on the same draws, and are no part of the estimate; only training
+    asks for them.
     """
 
     terms: Mapping[str, Tensor]  # {group: [*batch]}

@@ -1,5 +1,6 @@
 """The engine: batched replicates against the slow twin, chunks, shards, and what it refuses."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -557,6 +558,34 @@ def test_pieces_of_an_estimate_add_up_and_controls_learn() -> None:
     for group in ("generative", "inference"):
         assert largest_t(m, group, wanted[group]) < 5
     assert largest_t(m, "inference", Enumerated(model, x, 2).exact(bound)["inference"]) > 5  # not another objective's
+
+
+@dataclass(frozen=True)
+class ParticleByParticle(Estimator):
+    """The gradient of the ELBO, a surrogate for each particle, or for each but some."""
+
+    missing: int = 0
+    facts = Facts("particle-by-particle", family="test", needs=("rsample",))
+
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Iterator[Surrogate]:
+        for _ in range(self.K - self.missing):
+            q = model.guide(x)
+            z = rng.rsample(q, 1)
+            log_w = model.log_joint(x, z) - q.log_prob(z)
+            yield Surrogate(dict.fromkeys(("generative", "inference"), log_w.mean(0)), log_w.detach())
+
+
+@pytest.mark.parametrize("engine", ["rows", "loop"])
+def test_log_weights_of_all_surrogates_are_those_of_k_particles(engine: str) -> None:
+    problem = Problem(vae(), data(3))
+    found, wanted = (
+        dict(measure(problem, e, replicates=2048, engine=engine, dtype=torch.float64).values())
+        for e in (ParticleByParticle(K=4), parse("sgvb-a:K=4"))
+    )
+    for name in ("elbo", "iwelbo", "ess"):
+        assert abs(found[name].value - wanted[name].value) < 4 * math.hypot(found[name].stderr, wanted[name].stderr)
+    with pytest.raises(ValueError, match="gives log weights of 3 particles, and K is 4"):
+        measure(problem, ParticleByParticle(K=4, missing=1), replicates=16, engine=engine)
 
 
 def largest_t(m, group: str, wanted: Tensor) -> float:
