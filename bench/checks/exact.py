@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from gradiometer.bench.checks.differences import difference
 from gradiometer.bench.checks.expectations import Effort, Expectation, Gradients, expectation
 from gradiometer.bench.checks.identities import experienced, pair
 from gradiometer.bench.checks.slopes import nested, of_last_weights, of_own_value
-from gradiometer.bench.checks.targets import INCLUSIVE, evidence, inclusive, objective_of, sampled, target
+from gradiometer.bench.checks.targets import INCLUSIVE, OBJECTIVES, evidence, inclusive, objective_of, sampled, target
 from gradiometer.bench.checks.worlds import World
 from gradiometer.bench.gradients import estimated, trainable
 from gradiometer.estimators.base import Estimator
@@ -45,20 +45,40 @@ def claims(estimator: Estimator, world: World, effort: Effort, planted: Planted 
         found = replace(found, samples=planted(found.samples))
     groups = estimated(estimator, state, trainable(world.model, state))
     wanted = {name: wanted_of(estimator, world, name, effort) for name in {facts.objective_of(g) for g in groups}}
+    moved = not nested(estimator, world) and _moves(estimator, world, found, wanted, effort)
     for group, members in groups.items():
         own = replace(found, samples={name: found.samples[name] for name in members})
         if nested(estimator, world) and group != "inference":
             yield of_last_weights(estimator, world, state, group, own.samples, effort)
             if group in facts.biased and group in world.model.groups:
                 yield _uphill(estimator, world, group, own.mean, evidence(world), "log p(x)")
+        elif moved and facts.objective_of(group) == facts.objective_of("generative"):
+            yield of_last_weights(estimator, world, state, group, own.samples, effort)
         else:
             yield from _of_group(estimator, world, group, own, wanted[facts.objective_of(group)], effort)
         if found.value is not None:
             yield of_own_value(estimator, world, state, group, own.samples, effort)
-    if found.objective is not None and not nested(estimator, world):
+    if moved:
+        said = f"{facts.objective_of('generative')} is of weights of its own, and its gradient that of the value it reports"
+        yield Claim("value", True, where, said)
+    elif found.objective is not None and not nested(estimator, world):
         yield from _value(estimator, world, found, wanted.get(facts.objective_of("generative")), effort)
     for settings, word in facts.same_mean.items():
         yield from _same_mean(estimator, settings, word, world, found, effort)
+
+
+def _moves(
+    estimator: Estimator, world: World, found: Expectation, wanted: Mapping[str, Wanted | None], effort: Effort
+) -> bool:
+    """Whether its objective, which has no name here, is another function than its own of the guide's particles' weights.
+
+    It may move them first, as annealing does, or weigh groups of them. Then its objective is what it reports.
+    """
+    name = estimator.facts.objective_of("generative")
+    plain = wanted.get(name)
+    if name in OBJECTIVES or plain is None or plain.value is None or found.objective is None:
+        return False
+    return difference({name: found.objective}, {name: plain.value}, world, found.exact, effort).shows
 
 
 def _of_group(

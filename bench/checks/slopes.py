@@ -32,7 +32,7 @@ def nested(estimator: Estimator, world: World) -> bool:
 def of_last_weights(
     estimator: Estimator, world: World, state: State, group: str, samples: Gradients, effort: Effort
 ) -> Claim:
-    """The claim of a nested estimator's group: the gradient of a bound of the last weights."""
+    """The claim of a group of an estimator that moves its particles: the gradient of a bound of the last weights."""
     where, name = f"{world.name}, K = {estimator.K}", estimator.facts.objective_of(group)
     if group in estimator.facts.biased:
         said = f"there is no exact gradient of {name!r} to compare with"
@@ -40,12 +40,14 @@ def of_last_weights(
     own: Mapping[str, Objective] = {"nested KL": OBJECTIVES["elbo"]}
     objective = own.get(name, estimator.objective)
 
+    smooth = not nested(estimator, world)  # on the points that its gradient was taken on
+
     def value() -> Tensor:
-        made = expectation(estimator, world, state, effort, smooth=False, objective=objective, gradients=False)
+        made = expectation(estimator, world, state, effort, smooth=smooth, objective=objective, gradients=False)
         assert made.objective is not None
         return made.objective
 
-    held, said, slope = _along(f"its {name}", value, trainable(world.model, state)[group], samples, effort)
+    held, said, slope = _along(f"its {name}", value, trainable(world.model, state)[group], samples, world, effort)
     return Claim("unbiased", held, where, said, slope.off, slope.detectable, group)
 
 
@@ -59,25 +61,32 @@ def of_own_value(
         assert made.value is not None
         return made.value
 
-    held, said, slope = _along("the value it names", value, trainable(world.model, state)[group], samples, effort)
+    held, said, slope = _along(
+        "the value it names", value, trainable(world.model, state)[group], samples, world, effort
+    )
     return Claim("own value", held, f"{world.name}, K = {estimator.K}", said, slope.off, slope.detectable, group)
 
 
 def _along(
-    name: str, value: Callable[[], Tensor], members: Mapping[str, Tensor], samples: Gradients, effort: Effort
+    name: str,
+    value: Callable[[], Tensor],
+    members: Mapping[str, Tensor],
+    samples: Gradients,
+    world: World,
+    effort: Effort,
 ) -> tuple[bool, str, Difference]:
     """Along a random direction, against finite differences of a value's mean; tensor by tensor, if they differ."""
-    slope = _slope(value, members, samples, effort)
+    slope = _slope(value, members, samples, world, effort)
     if not slope.shows:
         return True, f"the gradient of {name}, by finite differences of its mean", slope
-    alone = [_slope(value, {n: p}, samples, effort) for n, p in members.items()]
+    alone = [_slope(value, {n: p}, samples, world, effort) for n, p in members.items()]
     slope = max([slope, *alone], key=lambda found: found.off / found.detectable)
     said = f"not the gradient of {name}: along {slope.tensor!r} it is off by {slope.off:.2g} of its norm"
     return False, said, slope
 
 
 def _slope(
-    value: Callable[[], Tensor], members: Mapping[str, Tensor], samples: Gradients, effort: Effort
+    value: Callable[[], Tensor], members: Mapping[str, Tensor], samples: Gradients, world: World, effort: Effort
 ) -> Difference:
     """The gradient along one direction, in which every tensor counts alike, less the slope of the mean value ``[S]``."""
     generator = torch.Generator().manual_seed(5)
@@ -97,5 +106,9 @@ def _slope(
             parameter.data -= sign * step * along[n]
     slopes = (values[0] - values[1]) / (2 * step)  # [S]
     found = sum((samples[n] * u).flatten(1).sum(1) for n, u in along.items())
-    apart = statistical(", ".join(members), (found - slopes).unsqueeze(1), largest, len(members), effort)
+    name, error = ", ".join(members), (found - slopes).unsqueeze(1)
+    if len(error) == 1:
+        apart = Difference(name, float(error.abs()) / largest, world.accuracy)
+    else:
+        apart = statistical(name, error, largest, len(members), effort)
     return replace(apart, detectable=max(apart.detectable, 1e-6))  # what finite differences leave

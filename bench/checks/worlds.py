@@ -103,6 +103,8 @@ def small() -> list[World]:
         gaussian(),
         # A prior and a likelihood other than the usual ones, and two latents in one layer.
         World("shifted prior", _scrambled(GaussianToy(2), 12, 0.5), bits(4, 2) - 0.3, {2: 16, 4: 16}, 1e-3, 2),
+        # Means and scales of several latents that are learned.
+        World("two gaussians", _vae(14, 0.2, data=3, hidden=(3,), latent=(2,)), bits(4, 3), {2: 24, 4: 16}, 1e-3, 2),
         World("two binary layers", _vae(7, 0.9, latent=(1, 1), between=(2,), **binary), bits(4, 4)),
         World("two gaussian layers", layers, bits(4, 3), {1: 40, 2: 16, 4: 16}, 1e-3, 2),
     ]
