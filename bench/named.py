@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -119,7 +120,19 @@ def parse_problem(word: str) -> Name:
     return Name(word, name, settings, snapshot)
 
 
+@contextmanager
+def _in_single_precision() -> Iterator[None]:
+    """While open, new parameters are float32, whatever torch's default is: a problem's name stands for the same numbers always."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @lru_cache(maxsize=8)
+@_in_single_precision()
 def named_problem(word: str, batch: int = 20) -> Problem:
     """The problem a word stands for; trains its reference run if no snapshot of it is cached.
 
@@ -169,6 +182,7 @@ def _rows(data: Tensor, indices: Tensor, generator: torch.Generator) -> Tensor:
     return data[indices]
 
 
+@_in_single_precision()
 def fresh(name: str, seed: int) -> tuple[VAE, Dataset]:
     """An untrained model of a named VAE, its initial parameters drawn with `seed`, and its data."""
     if name not in REFERENCES:

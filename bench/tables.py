@@ -38,6 +38,9 @@ WITHIN = "Variances and errors compete within one objective, since another has a
 SEPARATED = "Bold: alone in the first place of its column; where the data leave that open, nothing is bold."
 UNRANKED = "Objectives of different estimators are different bounds, so their values are not ranked."
 BARE = "A directional SNR without ± has no interval: the direction of its mean gradient is hardly known."
+NONE_ACROSS = (
+    "A directional SNR of –: a gradient had nothing across the direction (it was zero, say), and the ratio has no mean."
+)
 NEGATIVE = "A mean squared error is estimated without bias, and below zero where it is lost in its noise."
 CLAIM = "that it is the gradient it claims to be rests on its own tests."
 UNMET = "Less precise than asked, when the budget was spent: "
@@ -291,6 +294,8 @@ def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
     of = {column.metric: [line.cells[i] for line in table.lines] for i, column in enumerate(table.columns)}
     if any(cell and math.isnan(cell.stderr) for cell in of.get("directional_snr", ())):
         yield BARE
+    if not all(of.get("directional_snr", ())):
+        yield NONE_ACROSS
     if any(cell and cell.value < 0 for cell in of.get("mse", ())):
         yield NEGATIVE
     signs = {sign for line in table.lines for cell in line.cells if cell for sign in cell.signs}

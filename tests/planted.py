@@ -567,6 +567,49 @@ class StraightThrough(Estimator):
         return Surrogate({"generative": log_p.mean(0), "inference": (log_p - log_q).mean(0)}, (log_p - log_q).detach())
 
 
+@mistake("scales of all latents but the first", "inference, two gaussians")
+@dataclass(frozen=True)
+class LaterScales(Estimator):
+    """Pathwise, but the derivative by the scales is 1.03 times too large, where a layer has more latents than one."""
+
+    facts = Facts("planted", family="test", needs=("rsample", "gaussian"))
+
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        of = model.guide(x).base_dist
+        factor = torch.ones(of.scale.shape[-1]).to(of.scale)
+        factor[1:] = 1.03
+        scale = factor * of.scale + (1 - factor) * of.scale.detach()
+        q = Independent(Normal(of.loc, scale, validate_args=False), 1)
+        z = rng.rsample(q, self.K)
+        log_w = model.log_joint(x, z) - q.log_prob(z)  # [K, *batch]
+        return Surrogate(dict.fromkeys(("generative", "inference"), log_w.mean(0)), log_w.detach())
+
+
+@dataclass(frozen=True)
+class Moved(Estimator):
+    """Particles take a step of noise before they are weighed, with the step's own reversal: a bound of its own, and right.
+
+    With `held`, the density that they were drawn with is wrongly kept without its derivative.
+    """
+
+    held: bool = False
+    facts = Facts("moved", family="test", objective="moved bound", needs=("rsample", "gaussian"))
+
+    def surrogate(self, model, x: Tensor, rng: Rng, state: State) -> Surrogate:
+        q = model.guide(x)
+        z = rng.rsample(q, self.K)
+        step = Independent(Normal(z, torch.full_like(z, 0.5), validate_args=False), 1)
+        log_q = q.log_prob(z)
+        bound = model.log_joint(x, rng.rsample(step)) - (log_q.detach() if self.held else log_q)
+        return Surrogate(dict.fromkeys(("generative", "inference"), bound.mean(0)), bound.detach())
+
+    def objective(self, log_w: Tensor) -> Tensor:
+        return log_w.mean(0)
+
+
+MISTAKES["particles that are moved, and their density held"] = (Moved(held=True), "gradient of its moved bound")
+
+
 @mistake("a relaxation that is not of the value it names", "own value")
 @dataclass(frozen=True)
 class NotItsValue(Concrete):

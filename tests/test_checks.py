@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from oracles import Enumerated, Quadrature, bound, elbo
-from planted import MISTAKES
+from planted import MISTAKES, Moved
 
 from gradiometer.bench import records
 from gradiometer.bench.checks import exact, session, subjects
@@ -143,6 +143,13 @@ def test_mistakes_do_not_pass_and_are_named(name: str) -> None:
     assert not card.passed
     assert card.broken or card.untested
     assert says in card.text()
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_what_moves_its_particles_is_held_to_the_value_it_reports(K: int) -> None:
+    card = check(Moved(K=K), "quick")
+    assert card.passed, card.text()
+    assert all(card.planted.values())
 
 
 @pytest.mark.parametrize("word", ["dreg:K=2", "rws:K=2", "rws-dreg:K=2", "tvo:K=2", "rebar", "nvil"])

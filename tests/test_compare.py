@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 
-from gradiometer.bench import store
+from gradiometer.bench import Problem, measure, store
 from gradiometer.bench.cli import main
 from gradiometer.bench.compare import Ratio, ratios
 from gradiometer.bench.efficiency import front, times, with_products, work
 from gradiometer.bench.errors import RequestError
+from gradiometer.bench.models.toys import BernoulliToy, GaussianToy
 from gradiometer.bench.statistics import Value, jackknife
 from gradiometer.bench.terminal import verdicts
 
@@ -448,6 +450,39 @@ def test_shards_of_the_same_noise_tell_errors_apart_where_intervals_overlap() ->
     assert front({"a": one, "b": one}, {"a": quiet, "b": loud}) == {"a"}
     bare = [Value(v.value, v.stderr, v.low, v.high) for v in (quiet, loud)]
     assert front({"a": one, "b": one}, dict(zip("ab", bare, strict=True))) == {"a", "b"}
+
+
+TOY = Problem(GaussianToy(units=2), torch.ones(3, 2), name="toy")
+
+
+def test_variances_of_two_objectives_say_nothing_of_replicates() -> None:
+    rows = [r for word in ("stl:K=4", "dreg:K=4", "iwae:K=4") for r in measure(TOY, word, replicates=256).rows()]
+    verdicts = {
+        r.estimator: r.verdict for r in ratios(store.frame(rows), "variance", "dreg:K=4") if r.group == "inference"
+    }
+    assert "the gradient variance of dreg:K=4" in verdicts["stl:K=4"]
+    assert "stl:K=4 ascends elbo and dreg:K=4 iwelbo:K=4: compare ratios of signal to noise" in verdicts["stl:K=4"]
+    assert "the replicates of dreg:K=4 for the same error" in verdicts["iwae:K=4"]
+    assert "ascends" not in verdicts["iwae:K=4"]
+
+
+def test_what_learns_beside_is_of_one_memory() -> None:
+    rows = [
+        row
+        for steps in (10, 20)
+        for row in measure(
+            Problem(BernoulliToy(), torch.ones(3, 1), name=f"toy {steps}"), "nvil", replicates=64, settle=steps
+        ).rows()
+    ]
+    rows += [
+        row
+        for n in (10, 20)
+        for row in measure(Problem(BernoulliToy(), torch.ones(3, 1), name=f"toy {n}"), "rloo:K=2", replicates=64).rows()
+    ]
+    found = [r for r in ratios(store.frame(rows), "snr", "rloo:K=2") if r.group == "inference"]
+    assert ["after 10 steps" in r.verdict for r in found] == [True, False]
+    assert ["after 20 steps" in r.verdict for r in found] == [False, True]
+    assert {row["settled"] for row in rows} == {0, 10, 20}
 
 
 def test_the_work_for_a_relative_error_is_variance_times_cost_over_the_squared_norm() -> None:

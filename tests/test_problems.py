@@ -357,6 +357,18 @@ def test_a_minibatch_has_data(batch: int) -> None:
         named_problem("gaussian-toy", batch)
 
 
+@pytest.mark.parametrize("word", ["enumerable-vae", "gaussian-toy:units=3", "digits-vae@init"])
+def test_a_problem_does_not_hang_on_the_default_precision(word: str) -> None:
+    plain = named_problem(word, 4).about["digest"]
+    named_problem.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert named_problem(word, 4).about["digest"] == plain
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_what_is_no_model_or_no_minibatch_is_a_sentence() -> None:
     toy = GaussianToy(units=2)
     with pytest.raises(ValueError, match="Linear is no latent-variable model: it has no guide"):

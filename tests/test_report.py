@@ -483,6 +483,28 @@ def test_ranks_are_intervals_where_the_data_leave_them_open() -> None:
     assert "2--3" in typeset.latex(made)
 
 
+def test_ranks_winners_and_fronts_are_of_one_objective() -> None:
+    ascend = {"a": "elbo", "b": "elbo", "c": "iwelbo:K=8", "d": "iwelbo:K=8", "e": "tvo:K=8"}
+    variances = {
+        "a": (1.0, 0.9, 1.1),
+        "b": (2.0, 1.9, 2.1),
+        "c": (5.0, 4.9, 5.1),
+        "d": (4.0, 3.9, 4.1),
+        "e": (0.5, 0.4, 0.6),
+    }
+    seconds = {"metric": "seconds_per_gradient", "kind": "cost", "group": ""}
+    found = [bare(word, *value, ascends=ascend[word]) for word, value in variances.items()]
+    found += [bare(word, 1.0, 0.9, 1.1, **seconds) for word in ascend]
+    rows = pd.DataFrame(found)
+    made = table(rows, "toy", "inference")
+    of = cells(made)
+    assert [of[word, "rank"].words for word in "abcde"] == ["1", "2", "2", "1", "1"]
+    assert [of[word, "variance"].bold for word in "abcde"] == [True, False, False, True, False], "e has no rival"
+    assert any("ELBO: a, b; 8-sample bound: c, d; tvo: e" in note for note in made.notes)
+    plane = figures.cost_plane(rows).set_index("label")
+    assert plane["front"].to_dict() == {"a": True, "b": False, "c": False, "d": True, "e": True}
+
+
 def test_ranks_are_paired_where_noise_is_shared_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[str], str]] = []
 
