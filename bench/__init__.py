@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from gradiometer.bench.models.protocol import LatentVariableModel as LatentVariableModel
     from gradiometer.bench.named import named_problem as named_problem
     from gradiometer.bench.problems import Problem as Problem
+    from gradiometer.bench.store import keep as keep
 
 _HOMES = {  # public name -> the module it lives in
     "LatentVariableModel": "models.protocol",
@@ -28,6 +29,7 @@ _HOMES = {  # public name -> the module it lives in
     "RequestError": "errors",
     "cost": "costs",
     "decompose": "decomposition",
+    "keep": "store",
     "measure": "measurement",
     "measure_all": "measurement",
     "named_problem": "named",

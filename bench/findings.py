@@ -183,9 +183,7 @@ def _slopes(rows: pd.DataFrame) -> Iterator[str]:
         for group in selection.group_order(lines["group"]):
             line = lines[lines["group"] == group]
             if len(line) >= 3:
-                parts.append(
-                    f"K^({_slope(line)}) for the {selection.group_words(group)} (K = {line['K'].min():g} to {line['K'].max():g})"
-                )
+                parts.append(f"K^({_slope(line)}) for the {selection.group_words(group)} (K = {_listed(line['K'])})")
         if parts:
             name = f"`{series}`{_doubts(next(selection.records(lines)))}"
             yield f"{problem}: the SNR of {name}, its floor removed, goes as " + " and as ".join(parts) + "."
@@ -227,6 +225,10 @@ def _cells(points: pd.DataFrame, by: str = "") -> Iterator[tuple[str, str, pd.Da
 def _objective(row: Any) -> str:
     """The objective of a row in a list of what is told of it."""
     return f", {objective_words(row.ascends)}" if row.ascends else ""
+
+
+def _listed(K: pd.Series) -> str:
+    return ", ".join(f"{k:g}" for k in sorted(K))
 
 
 def _slope(line: pd.DataFrame) -> str:

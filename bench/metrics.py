@@ -129,7 +129,8 @@ _TAILS = (
         "lower",
         "largest fifth of replicates, or fewer",
         "Shape k of a generalised Pareto distribution fitted to the largest distances ``|g - mean|`` of single gradients (Zhang & "
-        "Stephens 2009): moments of an order below 1 / k exist. Below 1/2 there is a variance, below 1/4 its error bar holds.",
+        "Stephens 2009): moments of an order below 1 / k exist. Below 1/2 there is a variance, below 1/4 its error bar holds. "
+        "Not told where a reference gives the direction.",
     ),
 )
 _VALUES = (

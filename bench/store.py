@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
+PYTHON = "python"  # the suite that rows are of which were measured there
 COLUMNS = (
     "suite", "cell", "kind", "problem", "model", "dataset", "snapshot", "digest", "step", "seconds",
     "estimator", "code", "family", "K", "B", "evaluations", "seed", "settled", "device", "machine", "dtype", "threads", "engine",
@@ -70,6 +72,29 @@ def write_cell(folder: Path, key: str, rows: list[dict[str, Any]], manifest: Map
     own = [{name: value for name, value in row.items() if name not in shared} for row in rows]
     content = {"schema_version": SCHEMA, "cell": key, "manifest": dict(manifest), "shared": shared, "rows": own}
     publish(folder / "cells" / f"{key}.json", content)
+
+
+def keep(rows: Iterable[Mapping[str, Any]], folder: Path | str) -> None:
+    """Keep the rows of measurements made in Python, so that `gradiometer report` and `compare` read the folder.
+
+    Those that are there stay, but for the same estimator on a problem of the same name, minibatch size and seed.
+
+    Raises:
+        RequestError: the folder is a suite's, or cannot be written.
+    """
+    from gradiometer.bench.machine import describe
+
+    folder = Path(folder)
+    before = indexed(folder, PYTHON)
+    open_for_writing(folder)
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        about = [str(row.get(name, "")) for name in ("kind", "problem", "estimator", "B", "seed", "minibatches")]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+        cells.setdefault(key, []).append({"status": "ok", **row})
+    for key, of_cell in cells.items():
+        write_cell(folder, key, of_cell, describe())
+    write_index(folder, PYTHON, folder.name, "Measured in Python", dict.fromkeys([*before, *cells]))
 
 
 def read_cell(folder: Path, key: str) -> dict[str, Any] | None:

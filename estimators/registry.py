@@ -29,6 +29,13 @@ def register(cls: E) -> E:
         raise ValueError(
             f"two estimators are called {cls.facts.name!r}: {known.__module__}.{known.__name__} and {cls.__name__}"
         )
+    for field in fields(cls):
+        if field.name in vars(cls) and field.name not in cls.__annotations__ and vars(cls)[field.name] != field.default:
+            value = vars(cls)[field.name]
+            raise ValueError(
+                f"{cls.__name__} sets {field.name} = {value!r} without a type, which changes no default: write "
+                f"{field.name}: {type(value).__name__} = {value!r}"
+            )
     _REGISTRY[cls.facts.name] = cls
     return cls
 

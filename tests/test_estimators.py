@@ -22,7 +22,7 @@ from gradiometer.bench.training import initial_state, learning_step, settled
 from gradiometer.estimators.base import Average, Coefficients, Facts, State, Surrogate, Weighted
 from gradiometer.estimators.importance_weighted import CIWAE, IWAE, IWAESTL, VIMCO, VR, DReG, IWAEScore
 from gradiometer.estimators.noise import Rng
-from gradiometer.estimators.registry import catalogue, parse
+from gradiometer.estimators.registry import catalogue, parse, register
 from gradiometer.estimators.reparameterization import SGVBA, STL
 from gradiometer.estimators.score_function import NVIL, RLOO, Reinforce
 from gradiometer.estimators.thermodynamic import TVO
@@ -948,6 +948,21 @@ def test_nvil_by_hand_step_by_step() -> None:
         assert float(state.tracked["signal"].value) == pytest.approx(m)
         assert float(state.tracked["square"].value) == pytest.approx(square)
     assert square - m**2 > 1  # the last of the steps were divided by something
+
+
+def test_a_default_without_a_type_is_said_to_be_none() -> None:
+    with pytest.raises(
+        ValueError, match="Untyped sets K = 8 without a type, which changes no default: write K: int = 8"
+    ):
+
+        @register
+        @dataclass(frozen=True)
+        class Untyped(Weighted):
+            K = 8
+            facts = Facts("untyped", family="test")
+
+            def coefficients(self, log_w: Tensor) -> Coefficients:
+                return Coefficients(torch.ones_like(log_w))
 
 
 def test_the_baseline_tells_data_apart() -> None:

@@ -17,13 +17,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_example_runs():
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     example = next(code for code in PYTHON if "measured = measure(" in code)
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     assert names["snr"].low < names["snr"].value < names["snr"].high
     assert names["measured"].mean["encoder.weight"].shape == (5, 5)
     assert {row["metric"] for row in names["rows"]} >= {"variance", "snr", "elbo"}
+    assert CliRunner().invoke(main, ["report", "results/local/mine", "--format", "md"]).exit_code == 0
 
 
 def test_the_estimator_of_the_readme_is_checked_and_measured_from_a_file(tmp_path, monkeypatch):

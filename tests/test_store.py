@@ -11,9 +11,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
+from click.testing import CliRunner
 
-from gradiometer.bench import store
+from gradiometer.bench import Problem, measure, measure_all, store
+from gradiometer.bench.cli import main
 from gradiometer.bench.errors import RequestError
+from gradiometer.bench.models.toys import GaussianToy
 
 MANIFEST = {"date": "2026-11-20", "torch": "2.13.0"}
 
@@ -42,6 +46,24 @@ def folder(tmp_path: Path) -> Path:
     store.write_cell(tmp_path, "a" * 12, rows(), MANIFEST)
     store.write_cell(tmp_path, "b" * 12, rows(estimator="stl", jackknife=None), MANIFEST | {"date": "2026-11-21"})
     return tmp_path
+
+
+def test_rows_measured_in_python_are_reported_and_compared(tmp_path: Path) -> None:
+    toy, folder = Problem(GaussianToy(units=2), torch.zeros(5, 2), name="mine"), tmp_path / "mine"
+    store.keep([row for m in measure_all(toy, ["iwae:K=4", "dreg:K=4"], replicates=64) for row in m.rows()], folder)
+    store.keep(measure(toy, "stl:K=4", replicates=64).rows(), folder)
+    store.keep(measure(toy, "stl:K=4", replicates=128).rows(), folder)  # in the place of the one before
+    rows = store.load(folder)
+    assert rows.groupby("estimator")["replicates"].max().to_dict() == {"dreg:K=4": 64, "iwae:K=4": 64, "stl:K=4": 128}
+    assert not rows.duplicated(["estimator", "group", "metric"]).any()
+    done = CliRunner().invoke(main, ["compare", str(folder), "--baseline", "iwae:K=4"])
+    assert done.exit_code == 0
+    assert "the replicates of iwae:K=4" in " ".join(done.output.split())
+    assert CliRunner().invoke(main, ["report", str(folder), "--format", "md"]).exit_code == 0
+    assert "iwae:K=4" in (folder / "report.md").read_text(encoding="utf-8")
+    store.write_index(tmp_path, "quickstart", "", "", [])
+    with pytest.raises(RequestError, match="holds results of 'quickstart'"):
+        store.keep([], tmp_path)
 
 
 def test_rows_come_back_as_they_went_in(folder: Path) -> None:
