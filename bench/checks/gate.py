@@ -37,7 +37,7 @@ class Thoroughness:
         particles: K of the exact comparisons, beside the smallest that an estimator can have.
         effort: of Sobol rules.
         schedule: of the sequential tests.
-        everywhere: mistakes are planted on every world, not on the first.
+        everywhere: mistakes are planted on every world that is meant for it, not on the first.
     """
 
     particles: tuple[int, ...]
@@ -177,7 +177,8 @@ def _settled(claims: Sequence[Claim]) -> list[Claim]:
 def _planted(estimator: Estimator, worlds: Sequence[World], how: Thoroughness) -> Iterator[tuple[str, bool]]:
     """Mistakes, and whether each was refused by the claims that let the estimator itself pass."""
     few = at(estimator, max(2, estimator.facts.least_particles)) or estimator
-    for world in (w for w in worlds[: None if how.everywhere else 1] if w.most >= few.K or w is worlds[0]):
+    fit = [world for world in worlds if world is worlds[0] or (world.planted and world.most >= few.K)]
+    for world in fit if how.everywhere else fit[:1]:
         if _refused(Fault("nothing", few), world, how):
             raise Broken(f"{few} is refused on {world.name} without one, too, so that finding them says nothing")
         state = identities.experienced(few, world)

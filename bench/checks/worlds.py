@@ -28,6 +28,7 @@ class World:
         nodes: of the quadrature over one Gaussian latent, by the number of latents that are integrated together.
         accuracy: of expectations, relative to the largest coordinate of a tensor.
         most: particles whose outcomes are few enough.
+        planted: whether mistakes are planted on it, too; not where a world like it is cheaper.
     """
 
     name: str
@@ -36,6 +37,7 @@ class World:
     nodes: Mapping[int, int] = field(default_factory=lambda: {1: 80, 2: 64, 3: 36})
     accuracy: float = 1e-9
     most: int = 4
+    planted: bool = True
 
     @cached_property
     def offered(self) -> set[str]:
@@ -95,8 +97,9 @@ class Conjugate(nn.Module):
 def small() -> list[World]:
     """Where expectations are exact: of few latents, with few states or smooth enough for quadrature."""
     binary = {"data": 4, "hidden": (3,), "kind": "bernoulli"}
+    three = {"data": 3, "hidden": (3,)}
     categorical = _vae(4, 1.0, data=4, hidden=(3,), latent=(2,), kind="categorical", classes=3)
-    layers = _vae(8, 0.3, data=3, hidden=(3,), latent=(1, 1), between=(2,))
+    layers = _vae(8, 0.3, **three, latent=(1, 1), between=(2,))
     return [
         World("binary", _vae(5, 1.2, latent=(2,), **binary), bits(4, 4)),
         World("categorical", categorical, bits(4, 4), most=3),
@@ -104,7 +107,7 @@ def small() -> list[World]:
         # A prior and a likelihood other than the usual ones, and two latents in one layer.
         World("shifted prior", _scrambled(GaussianToy(2), 12, 0.5), bits(4, 2) - 0.3, {2: 16, 4: 16}, 1e-3, 2),
         # Means and scales of several latents that are learned.
-        World("two gaussians", _vae(14, 0.2, data=3, hidden=(3,), latent=(2,)), bits(4, 3), {2: 24, 4: 16}, 1e-3, 2),
+        World("two gaussians", _vae(14, 0.2, **three, latent=(2,)), bits(4, 3), {2: 24, 4: 16}, 1e-3, 2, planted=False),
         World("two binary layers", _vae(7, 0.9, latent=(1, 1), between=(2,), **binary), bits(4, 4)),
         World("two gaussian layers", layers, bits(4, 3), {1: 40, 2: 16, 4: 16}, 1e-3, 2),
     ]
