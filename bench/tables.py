@@ -33,9 +33,12 @@ _HEADINGS = {
     "variance_seconds": "variance × time",
     "variance_evaluations": "variance × evaluations",
 }
-RANKED = "Rank: the places that the data leave open, at 95 % for all pairs together, "
+RANKED = "Rank: the places that the data leave open, at 95 % for all pairs together, by "
 WITHIN = "Variances and errors compete within one objective, since another has another gradient: "
-SEPARATED = "Bold: alone in the first place of its column; where the data leave that open, nothing is bold."
+SEPARATED = (
+    "Bold: alone in the first place of its column (by variances and errors, of its objective); where the data leave that open, "
+    "nothing is bold."
+)
 UNRANKED = "Objectives of different estimators are different bounds, so their values are not ranked."
 BARE = "A directional SNR without ± has no interval: the direction of its mean gradient is hardly known."
 NONE_ACROSS = (
@@ -282,7 +285,7 @@ def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
         yield f"{UNMET}{unmet}."
     shown = {column.metric for column in table.columns}
     if "rank" in shown:
-        yield f"{RANKED}by {'mean squared error' if 'mse' in shown else 'variance'}."
+        yield f"{RANKED}{'mean squared error' if 'mse' in shown else 'variance'}."
         competing = uncertain[uncertain["ascends"] != ""].groupby("ascends", sort=False)["label"].unique()
         if len(competing) > 1:
             said = (f"{objective_words(str(of))}: {', '.join(names)}" for of, names in competing.items())
