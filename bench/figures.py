@@ -116,7 +116,7 @@ def on_front(measured: pd.DataFrame, budget: str) -> pd.DataFrame:
         every = {row.Index: value_of(row) for row in selection.records(points)}
         values = every if same else {k: Value(v.value, v.stderr, v.low, v.high) for k, v in every.items()}
         costs = {row.Index: Value(row.cost, math.nan, row.cost_low, row.cost_high) for row in selection.records(points)}
-        found.loc[sorted(front(costs, values)), "front"] = True
+        found.loc[sorted(front(costs, values)) if len(points) > 1 else [], "front"] = True
         best = points.sort_values(["cost", "value"])["value"].cummin()
         found.loc[best.index, "step"] = (points.loc[best.index, "value"] == best) & (best != best.shift())
     return found[[*_WHO, "group", "of", *names.values(), *_INTERVAL, "front", "step"]]

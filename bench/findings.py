@@ -219,7 +219,8 @@ def _cells(points: pd.DataFrame, by: str = "") -> Iterator[tuple[str, str, pd.Da
         of_problem = points[points["problem"] == problem]
         for group in selection.group_order(of_problem["group"]):
             of_group = of_problem[of_problem["group"] == group]
-            yield from ((problem, group, of) for _, of in (of_group.groupby(by) if by else [("", of_group)]))
+            apart = [of for _, of in of_group.groupby(by)] if by else [of_group]
+            yield from ((problem, group, of) for of in sorted(apart, key=lambda of: of["K"].max()))
 
 
 def _objective(row: Any) -> str:

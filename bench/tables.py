@@ -34,7 +34,7 @@ _HEADINGS = {
     "variance_evaluations": "variance × evaluations",
 }
 RANKED = "Rank: the places that the data leave open, at 95 % for all pairs together, by "
-WITHIN = "Variances and errors compete within one objective, since another has another gradient: "
+WITHIN = "Variances and errors compete within one objective, since another has another gradient. Here these do: "
 SEPARATED = (
     "Bold: alone in the first place of its column (by variances and errors, of its objective); where the data leave that open, "
     "nothing is bold."
@@ -288,7 +288,7 @@ def _notes(table: Table, uncertain: pd.DataFrame) -> Iterable[str]:
         yield f"{RANKED}{'mean squared error' if 'mse' in shown else 'variance'}."
         competing = uncertain[uncertain["ascends"] != ""].groupby("ascends", sort=False)["label"].unique()
         if len(competing) > 1:
-            said = (f"{objective_words(str(of))}: {', '.join(names)}" for of, names in competing.items())
+            said = (f"{', '.join(names)} ({objective_words(str(of))})" for of, names in competing.items())
             yield f"{WITHIN}{'; '.join(said)}."
     if any(column.better for column in table.columns):
         yield SEPARATED
