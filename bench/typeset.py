@@ -154,13 +154,18 @@ def latex(table: Table) -> str:
 
 
 def csv(table: Table) -> str:
-    """A table as comma-separated numbers, unrounded: value, standard error and 95 % interval of every metric."""
+    """A table as comma-separated numbers, unrounded: value, standard error and 95 % interval of every metric, and its signs."""
     lines = []
     for line in table.lines:
         numbers: dict[str, object] = {"problem": table.problem, "group": table.group, "estimator": line.label}
         numbers |= {"K": line.K, "evaluations": line.evaluations, "checked": line.checked}
         signs = {sign for cell in line.cells if cell for sign in cell.signs}
-        numbers |= {"biased": "§" in signs, "rescaled": "∝" in signs, "tails": "heavy" if "¶" in signs else ""}
+        numbers |= {
+            "biased": "§" in signs,
+            "rescaled": "∝" in signs,
+            "learned": "ℓ" in signs,
+            "tails": "heavy" if "¶" in signs else "",
+        }
         for column, cell in _pairs(table, line):
             unit = f" [{column.unit.replace('²', '^2')}]" if column.unit else ""
             numbers[f"{column.metric}{unit}"] = cell.value if cell else None
@@ -168,6 +173,10 @@ def csv(table: Table) -> str:
                 numbers[f"{column.metric} {name}"] = getattr(cell, name) if cell else None
             if column.metric in FRONT:
                 numbers[f"{column.metric} on front"] = cell is not None and "★" in cell.signs
+            if column.metric == "snr":
+                numbers["snr at floor"] = cell is not None and "‡" in cell.signs
+            if column.better:
+                numbers[f"{column.metric} alone first"] = cell is not None and cell.bold
         lines.append(numbers | {"status": "ok", "reason": ""})
     for word, status, reason in table.unmeasured:
         lines.append(

@@ -500,6 +500,8 @@ def test_ranks_winners_and_fronts_are_of_one_objective() -> None:
     of = cells(made)
     assert [of[word, "rank"].words for word in "abcde"] == ["1", "2", "2", "1", "1"]
     assert [of[word, "variance"].bold for word in "abcde"] == [True, False, False, True, False], "e has no rival"
+    read = pd.read_csv(StringIO(typeset.csv(made))).set_index("estimator")
+    assert list(read.index[read["variance alone first"]]) == ["a", "d"]
     assert any("a, b (ELBO); c, d (8-sample bound); e (tvo)" in note for note in made.notes)
     plane = figures.cost_plane(rows).set_index("label")
     assert plane["front"].to_dict() == {"a": True, "b": False, "c": False, "d": True, "e": False}

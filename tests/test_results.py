@@ -1,11 +1,13 @@
 """What every expert would look for first, in the committed rows of the quickstart; and figures that the rows still make."""
 
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from gradiometer.bench import report, store
+from gradiometer.bench import report, store, tables, typeset
 from gradiometer.bench.compare import ratios
 
 FOLDER = Path(__file__).parents[1] / "results" / "quickstart"
@@ -66,7 +68,29 @@ def test_evaluations_stand_beside_every_comparison(rows):
 
 def test_committed_tables_are_those_of_the_rows(rows, tmp_path):
     written = report.write(rows, tmp_path, {"csv", "md"}, store.machine(FOLDER), store.index(FOLDER))
-    tables = [path for path in written if path.suffix == ".csv"]
-    assert tables
-    for path in tables:
+    found = [path for path in written if path.suffix == ".csv"]
+    assert found
+    for path in found:
         assert path.read_bytes() == (FOLDER / path.relative_to(tmp_path)).read_bytes(), path.name
+
+
+def test_csv_carries_the_signs_of_the_tables(rows: pd.DataFrame) -> None:
+    columns = {"§": "biased", "ℓ": "learned", "‡": "snr at floor"}
+    seen = set()
+    for table in tables.tables(rows):
+        if not table.lines:
+            continue
+        read = pd.read_csv(StringIO(typeset.csv(table)), keep_default_na=False)
+        for line, (_, of) in zip(table.lines, read.iterrows(), strict=False):
+            signs = {sign for cell in line.cells if cell for sign in cell.signs}
+            seen |= signs
+            assert {sign for sign, name in columns.items() if name in of and of[name] in (True, "True")} == signs & set(
+                columns
+            )
+            bold = {column.metric for column, cell in zip(table.columns, line.cells, strict=True) if cell and cell.bold}
+            assert {
+                m.removesuffix(" alone first")
+                for m in of.index
+                if m.endswith("alone first") and of[m] in (True, "True")
+            } == bold
+    assert seen >= set(columns)
