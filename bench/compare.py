@@ -268,10 +268,9 @@ def _remarks(row: Any, base: Any, rows: pd.DataFrame, some_checked: bool) -> tup
         )
     if row.metric in SCALED and (own := _own_scale(row, base)):
         said.append(f"{_names(own)} has a scale of its own: compare ratios of signal to noise instead")
-    if row.metric in NOISY and (learned := [r for r in both if r.settled > 0]):
-        said.append(
-            f"of one memory of {_names(learned)}, after {learned[0].settled:g} steps: the interval holds no other"
-        )
+    if row.metric in NOISY and (learned := [r for r in (row, base) if r.settled > 0]):
+        steps = " and ".join(dict.fromkeys(f"{r.settled:g}" for r in learned))
+        said.append(f"of one memory of {_names(learned)}, after {steps} steps: the interval holds no other")
     if some_checked and (unchecked := [r for r in both if not r.checked]):
         said.append(
             f"{_names(unchecked)} has not passed a check" if len(unchecked) == 1 else "neither has passed a check"

@@ -61,7 +61,8 @@ _DEFAULTS: dict[str, Any] = dict.fromkeys(_TEXT, "") | dict.fromkeys(_NUMBERS, m
 _DEFAULTS |= {"kind": "gradient", "status": "ok", "seed": 0, "checked": False, "biased": False, "rescaled": False}
 _DEFAULTS |= {"jackknife": None, "precision_met": None}
 _GROUP = ["problem", "label", "group"]
-_SETTINGS = {"B": "B", "device": "device", "dtype": "dtype", "digest": "parameters"}  # and how labels call them
+# What cells of one word may differ in, and how labels call it.
+_SETTINGS = {"B": "B", "device": "device", "dtype": "dtype", "digest": "parameters", "settled": "settled"}
 _SNAPSHOTS = ("init", "early", "late")
 _GROUPS = ("generative", "inference")
 
@@ -236,6 +237,7 @@ def _labels(cells: pd.DataFrame) -> list[str]:
     for setting, shown in _SETTINGS.items():
         if ok.empty or ok.groupby(["estimator", "kind"])[setting].nunique().max() < 2:
             continue
-        values = [f"{v:g}" if isinstance(v, float) else str(v)[:8] for v in cells[setting]]
-        labels = [f"{label} [{shown} {value}]" for label, value in zip(labels, values, strict=True)]
+        # A number that is none, or zero, is no setting of a cell: costs have no memory, nor have most estimators.
+        values = [f"{v:g}" * (v > 0) if isinstance(v, float) else str(v)[:8] for v in cells[setting]]
+        labels = [f"{label} [{shown} {of}]" if of else label for label, of in zip(labels, values, strict=True)]
     return labels

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from gradiometer.bench import Problem, measure, store
+from gradiometer.bench import Problem, measure, selection, store
 from gradiometer.bench.cli import main
 from gradiometer.bench.compare import Ratio, ratios
 from gradiometer.bench.efficiency import front, times, with_products, work
@@ -483,6 +483,18 @@ def test_what_learns_beside_is_of_one_memory() -> None:
     assert ["after 10 steps" in r.verdict for r in found] == [True, False]
     assert ["after 20 steps" in r.verdict for r in found] == [False, True]
     assert {row["settled"] for row in rows} == {0, 10, 20}
+
+
+def test_two_memories_of_one_estimator_are_two_lines() -> None:
+    toy = Problem(BernoulliToy(), torch.ones(3, 1), name="toy")
+    rows = [row for n in (10, 20) for row in measure(toy, "nvil", replicates=64, settle=n).rows()]
+    rows = store.frame([*rows, *measure(toy, "rloo:K=2", replicates=64).rows()]).assign(status="ok")
+    labels = set(selection.gradients(selection.tidy(rows))["label"])
+    assert labels == {"nvil [settled 10]", "nvil [settled 20]", "rloo:K=2"}
+    before, after = (rows[rows["settled"] == n].assign(folder=str(n)) for n in (10, 20))
+    said = [r.verdict for r in ratios(pd.concat([before, after]), "snr", "nvil") if r.group == "inference"]
+    assert len(said) == 1
+    assert "after 20 and 10 steps" in said[0]
 
 
 def test_the_work_for_a_relative_error_is_variance_times_cost_over_the_squared_norm() -> None:
