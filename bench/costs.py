@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.problems import Problem, reason_to_skip
 from gradiometer.bench.statistics import Value, exact, normal
-from gradiometer.bench.training import ascent, initial_state
+from gradiometer.bench.training import ascent, finish, initial_state
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.registry import parse
@@ -92,11 +92,11 @@ def _median(values: list[float]) -> Value:
 def peak_memory(step: Any, x: Tensor) -> int:
     """Most bytes held at once by tensors that `step` allocates."""
     if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
+        finish(x.device)
         torch.cuda.reset_peak_memory_stats(x.device)
         before = torch.cuda.memory_allocated(x.device)
         step()
-        torch.cuda.synchronize(x.device)
+        finish(x.device)
         return torch.cuda.max_memory_allocated(x.device) - before
     with _Held() as held:
         step()

@@ -97,10 +97,11 @@ class Folding:
         self._directions: dict[object, Direction] = {}  # by `_key`
         self._begun = 0.0  # replicates that gave them
         self._shards: list[tuple[range, int]] = []
-        # By replicate. Kept in pieces, they would lie scattered over a heap of passing things, and keep it from shrinking.
-        self._scalars: list[dict[str, Array]] = [{} for _ in estimators]
-        self._along: list[dict[str, Array]] = [{} for _ in estimators]  # by group
-        self._squared: list[dict[str, Array]] = [{} for _ in estimators]
+        # By replicate, and where they were computed: to fetch them as they come would have each pass wait for the one before.
+        # Kept in pieces, they would lie scattered over a heap of passing things, and keep it from shrinking.
+        self._scalars: list[dict[str, Tensor]] = [{} for _ in estimators]
+        self._along: list[dict[str, Tensor]] = [{} for _ in estimators]  # by group
+        self._squared: list[dict[str, Tensor]] = [{} for _ in estimators]
         self._projected = [0] * self.number
         self._to_project = [0] * self.number
         self._to_pull = [0] * self.number
@@ -151,7 +152,7 @@ class Folding:
                     self._to_pull[piece.shard] -= few
                     pulling += [slice(start, start + few)] if few else []
         if projected:
-            self._keep(made, early, np.concatenate(projected), replicates.start)
+            self._keep(made, early, projected, replicates.start)
         for rows in pulling:
             self._pull({name: block[rows] for name, block in made.blocks.items()}, replicates.start + rows.start)
 
@@ -229,14 +230,14 @@ class Folding:
                 np.concatenate([values[shard.start : shard.stop] for shard, of in self._shards if of == number])
                 for number in range(self.number)
             ]
-            for name, values in self._scalars[estimator].items()
+            for name, values in _fetched(self._scalars[estimator]).items()
         }
 
     def projections(self, estimator: int) -> dict[str, list[tuple[Array, Array]]]:
         """Per group and shard of the second half, inner product with the direction and squared norm of each replicate."""
         begun = [(number, self._shards[number][0].start) for number in range(self.half, self.number)]
         of = [slice(start, start + self._projected[number]) for number, start in begun]
-        along, squared = self._along[estimator], self._squared[estimator]
+        along, squared = _fetched(self._along[estimator]), _fetched(self._squared[estimator])
         return {
             g: [(along[g][rows].copy(), squared[g][rows].copy()) for rows in of] for g in self.parameters[estimator]
         }
@@ -278,9 +279,11 @@ class Folding:
             for name, values in ({"objective": estimator.objective(log_w).mean(-1)} | means).items():
                 self._put(self._scalars[e], name, slice(start, start + len(values)), values)
 
-    def _keep(self, made: Pass, early: Mapping[str, Projections], rows: Array, start: int) -> None:
+    def _keep(self, made: Pass, early: Mapping[str, Projections], rows: Sequence[range], start: int) -> None:
         """Keep the projections of some rows of a pass whose replicates begin at `start`, those made early or made now."""
-        which, nothing = torch.from_numpy(rows), (torch.zeros(len(rows)), torch.zeros(len(rows)))
+        device = next(iter(self._towards.values())).device
+        which = torch.cat([torch.arange(of.start, of.stop, device=device) for of in rows])
+        nothing = torch.zeros(2, len(which), device=device)
         projections = {
             name: early[name] or self.sums[name].projections(block[which], self._towards[name])
             for name, block in made.blocks.items()
@@ -294,8 +297,8 @@ class Folding:
                 along, squared = (sum(values).double() for values in zip(*pairs or [nothing], strict=True))
                 # What lies across the direction is not told by digits that are not there.
                 steady = squared - along.square() < least * squared
-                self._put(self._along[e], group, start + rows, along)
-                self._put(self._squared[e], group, start + rows, torch.where(steady, along.square(), squared))
+                self._put(self._along[e], group, start + which, along)
+                self._put(self._squared[e], group, start + which, torch.where(steady, along.square(), squared))
 
     def _pull(self, blocks: Mapping[str, Tensor | Outer], start: int) -> None:
         """Let some replicates from `start` on pull at each direction."""
@@ -303,16 +306,17 @@ class Folding:
         for direction in self._directions.values():
             e, group = direction.estimator, direction.group
             gradients = {name: _columns(blocks[part.block], part.columns) for name, part in self._of(e, group)}
-            direction.pull(gradients, self._along[e][group][start:stop], self._squared[e][group][start:stop])
+            along, squared = (of[e][group][start:stop].cpu().numpy() for of in (self._along, self._squared))
+            direction.pull(gradients, along, squared)
 
-    def _put(self, into: dict[str, Array], name: str, at: slice | Array, values: Tensor) -> None:
+    def _put(self, into: dict[str, Tensor], name: str, at: slice | Tensor, values: Tensor) -> None:
         kept = into.get(name)
         if kept is None or len(kept) < self.replicates:
-            grown = np.empty(self.replicates)
+            grown = values.new_empty(self.replicates, dtype=torch.float64)
             if kept is not None:
                 grown[: len(kept)] = kept
             kept = into[name] = grown
-        kept[at] = values.double().cpu().numpy()
+        kept[at] = values.double()
 
     def _pieces(self, replicates: range) -> Iterator[Piece]:
         for shard, number in self._shards:
@@ -329,6 +333,10 @@ def accumulators(made: Pass, few: int, shards: int, *, traces: bool) -> dict[str
         slices = dict.fromkeys((part.columns.start, part.columns.stop) for part in parts)
         found[name] = accumulator(block[:few], shards, slices, traces=traces)
     return found
+
+
+def _fetched(values: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {name: of.cpu().numpy() for name, of in values.items()}
 
 
 def _key(parts: Mapping[str, Part]) -> tuple[tuple[str, int | None], ...]:

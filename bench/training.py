@@ -49,8 +49,15 @@ def train(model: Any, estimator: Estimator, dataset: Dataset, recipe: Recipe) ->
         learning_step(
             estimator, model, x, Rng(recipe.seed, step, "train", device, block=1), state, parameters, optimizer
         )
+        finish(device)
         spent += time.perf_counter() - began
         yield step + 1, spent
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a graphics processor has done what it was given; before that, a clock tells what giving took."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def settled(

@@ -120,7 +120,7 @@ class Rng:
         first, last = wanted.start // self.block, (wanted.stop - 1) // self.block
         rows = self._blocks(range(first, last + 1), inner, fill)
         self._ordinal += 1
-        rows = rows[wanted.start - first * self.block :][: len(wanted)].to(self.device)
+        rows = rows[wanted.start - first * self.block :][: len(wanted)].to(self.device, non_blocking=True)
         return rows[0] if isinstance(self.replicates, int) else rows.movedim(0, axis)
 
     def _must_have_replicates(self, shape: Size, axis: int) -> None:
@@ -137,7 +137,9 @@ class Rng:
             known, rows = self._held.get(slot, (-1, None))
             if known == blocks.start and rows is not None and rows.shape[1:] == inner:
                 return rows
-        rows = torch.empty(len(blocks) * self.block, *inner, dtype=torch.float32)
+        # From pinned memory a copy waits for nothing: a graphics processor works while the next noise is made.
+        pinned = self.device.type == "cuda"
+        rows = torch.empty(len(blocks) * self.block, *inner, dtype=torch.float32, pin_memory=pinned)
         for i, block in enumerate(blocks):
             fill(rows[i * self.block :][: self.block], self._generator(block))
         if self._held is not None and len(blocks) == 1:

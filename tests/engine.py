@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from oracles import scrambled
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Bernoulli, Independent, Normal
 
 from gradiometer.bench.batched import Batch, dense
 from gradiometer.bench.gradients import Draw, estimated, one, trainable
@@ -120,3 +120,26 @@ class Shifted(nn.Module):
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         return -0.5 * ((z - self.mu) ** 2 + (x - z) ** 2).sum(-1)
+
+
+class Convolutional(nn.Module):
+    """Images of 4 x 4 pixels, convolutions both ways, and latents that index a table of embeddings on top of them."""
+
+    groups = {"generative": ("table", "up", "scale"), "inference": ("down", "head")}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.head = nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.Linear(12, 4)
+        self.up = nn.ConvTranspose2d(2, 1, 4, stride=2, padding=1)
+        self.table = nn.Embedding(2, 8)
+        self.scale = nn.Parameter(torch.tensor([0.3]))
+
+    def guide(self, x: Tensor) -> Independent:
+        h = self.down(x.reshape(-1, 1, 4, 4)).tanh()
+        return Independent(Bernoulli(logits=self.head(h.reshape(*x.shape[:-1], 12)), validate_args=False), 1)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        images = self.table(z.long()).sum(-2)  # [K, *batch, 8]
+        images = images.reshape(-1, 2, 2, 2)
+        logits = self.up(images).reshape(*z.shape[:-1], 16) * self.scale.exp()
+        return Independent(Bernoulli(logits=logits, validate_args=False), 1).log_prob(x) + 0.1 * z.sum(-1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine import KINDS, WORDS, HighSignal, Shifted, apart, data, equal, home, twins, vae
+from engine import KINDS, WORDS, Convolutional, HighSignal, Shifted, apart, data, equal, home, twins, vae
 from oracles import Enumerated, bound, elbo, scrambled
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent, Normal, OneHotCategoricalStraightThrough
@@ -308,29 +308,6 @@ def test_layers_that_are_overwritten_are_measured_by_the_loop(width: int) -> Non
         m = measure(Problem(InPlace(width), data(3, 20).float()), parse("iwae:K=2"), replicates=8)
     assert m.engine == "loop"
     assert np.abs(m.mean["encoder.0.weight"]).max() > 0
-
-
-class Convolutional(nn.Module):
-    """Images of 4 x 4 pixels, convolutions both ways, and latents that index a table of embeddings on top of them."""
-
-    groups = {"generative": ("table", "up", "scale"), "inference": ("down", "head")}  # noqa: RUF012
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.head = nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.Linear(12, 4)
-        self.up = nn.ConvTranspose2d(2, 1, 4, stride=2, padding=1)
-        self.table = nn.Embedding(2, 8)
-        self.scale = nn.Parameter(torch.tensor([0.3]))
-
-    def guide(self, x: Tensor) -> Independent:
-        h = self.down(x.reshape(-1, 1, 4, 4)).tanh()
-        return Independent(Bernoulli(logits=self.head(h.reshape(*x.shape[:-1], 12)), validate_args=False), 1)
-
-    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
-        images = self.table(z.long()).sum(-2)  # [K, *batch, 8]
-        images = images.reshape(-1, 2, 2, 2)
-        logits = self.up(images).reshape(*z.shape[:-1], 16) * self.scale.exp()
-        return Independent(Bernoulli(logits=logits, validate_args=False), 1).log_prob(x) + 0.1 * z.sum(-1)
 
 
 @pytest.mark.parametrize("word", ["reinforce:K=2", "rloo:K=3", "vimco:K=3", "rws:K=1", "nvil:K=2", "disarm"])
