@@ -283,7 +283,7 @@ class Folding:
         """Keep the projections of some rows of a pass whose replicates begin at `start`, those made early or made now."""
         device = next(iter(self._towards.values())).device
         which = torch.cat([torch.arange(of.start, of.stop, device=device) for of in rows])
-        nothing = torch.zeros(2, len(which), device=device)
+        nothing = (torch.zeros(len(which), device=device), torch.zeros(len(which), device=device))
         projections = {
             name: early[name] or self.sums[name].projections(block[which], self._towards[name])
             for name, block in made.blocks.items()

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import away
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -75,6 +76,20 @@ def test_other_estimators_and_one_part(ratios: ModuleType) -> None:
     done = run(ratios, "--only", "speed", "--estimator", "vr:alpha=0.3")
     assert "\nspeed: vr:alpha=0.3\n" in done.output
     assert "company" not in done.output
+
+
+@pytest.mark.skipif(not away.KNOWN_TO_TORCH, reason="torch before 2.10 has no devices written in Python")
+def test_another_device(ratios: ModuleType, tmp_path: Path) -> None:
+    parts = "speed,company"  # memory is followed in another process, which does not know the device
+    done = run(ratios, "--device", away.NAME, "--only", parts, "--json", tmp_path / "ratios.json")
+    assert done.output.count(f", {away.NAME} (unknown) beside ") == 2
+    assert json.loads((tmp_path / "ratios.json").read_text())["about"]["device"] == away.NAME
+
+
+def test_a_device_that_is_not_there_is_refused(ratios: ModuleType) -> None:
+    done = run(ratios, "--device", "cuda:99")
+    assert done.exit_code == 2
+    assert "this machine has no device 'cuda:99'" in done.output
 
 
 def test_an_unknown_part_is_refused(ratios: ModuleType) -> None:

@@ -20,10 +20,12 @@ from torch.distributions import Independent, Normal
 
 from gradiometer.bench import Measurement, Problem
 from gradiometer.bench.models.vae import PRESETS, VAE
+from gradiometer.bench.training import finish
 from gradiometer.estimators import Estimator, Rng, parse
 
-FLOOR_ROWS = 8000  # rows of a batch of the floor
-SHORTEST = 0.25  # CPU seconds that are timed at a time
+FLOOR_ROWS = {"cpu": 8000}  # rows of a batch of the floor
+GPU_FLOOR_ROWS = 2**17
+SHORTEST = 0.25  # seconds that are timed at a time
 TWELVE = (
     "sgvb-a", "stl", "reinforce", "rloo", "iwae", "dreg",
     "rws", "rws-dreg", "vimco", "vr:alpha=0.5", "ciwae:beta=0.5", "tvo",
@@ -33,12 +35,13 @@ Moments = tuple[list[Tensor], list[Tensor]]
 """Sums over replicates of each parameter's gradient, and of its square."""
 
 
-def problem(preset: str, batch: int) -> Problem:
-    """A fresh VAE and a minibatch of coin flips, the same in every process."""
+def problem(preset: str, batch: int, device: str = "cpu") -> Problem:
+    """A fresh VAE and a minibatch of coin flips, the same in every process and on every device."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = VAE(PRESETS[preset])
-    return Problem(model, torch.bernoulli(torch.full((batch, model.architecture.data), 0.3)))
+    x = torch.bernoulli(torch.full((batch, model.architecture.data), 0.3))
+    return Problem(model.to(device), x.to(device))
 
 
 def named(word: str, K: int) -> Estimator:
@@ -46,21 +49,26 @@ def named(word: str, K: int) -> Estimator:
     return parse(f"{word}{',' if ':' in word else ':'}K={K}")
 
 
-def medians(methods: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each method; before the rounds, one call of each is not timed, since oneDNN compiles for new shapes."""
+def medians(methods: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of each method; before the rounds, one call of each is not timed, since oneDNN compiles for new shapes."""
     for method in methods.values():
         method()
-    taken = [{name: seconds(method) for name, method in methods.items()} for _ in range(rounds)]
+    taken = [{name: seconds(method, device) for name, method in methods.items()} for _ in range(rounds)]
     return {name: statistics.median(one[name] for one in taken) for name in methods}
 
 
-def seconds(method: Callable[[], object]) -> float:
-    """CPU seconds of one call; a short one is called again, for the mean."""
-    began, calls = time.process_time(), 0
-    while not calls or time.process_time() - began < SHORTEST:
+def seconds(method: Callable[[], object], device: str = "cpu") -> float:
+    """CPU seconds of one call, or on another device the time until it is done; a short one is called again, for the mean."""
+
+    def now() -> float:
+        finish(torch.device(device))
+        return time.process_time() if device == "cpu" else time.perf_counter()
+
+    began, calls = now(), 0
+    while not calls or now() - began < SHORTEST:
         method()
         calls += 1
-    return (time.process_time() - began) / calls
+    return (now() - began) / calls
 
 
 def log_weights(model: VAE, x: Tensor, particles: tuple[int, ...], noise: Tensor | None = None) -> Tensor:
@@ -72,7 +80,7 @@ def log_weights(model: VAE, x: Tensor, particles: tuple[int, ...], noise: Tensor
 
 def floor(of: Problem, K: int, replicates: int) -> None:
     """Forward and backward of all rows, in big batches; no moments."""
-    each = max(1, FLOOR_ROWS // (len(of.x) * K))
+    each = max(1, FLOOR_ROWS.get(of.x.device.type, GPU_FLOOR_ROWS) // (len(of.x) * K))
     for start in range(0, replicates, each):
         many = of.x.repeat(min(each, replicates - start), 1)
         torch.autograd.grad(log_weights(of.model, many, (K,)).logsumexp(0).mean(), list(of.model.parameters()))
@@ -119,8 +127,10 @@ def by_backpack(of: Problem, replicates: int, each: int, noise: Tensor | None = 
 
 def noise_of_measure(of: Problem, K: int, replicates: int) -> Tensor:
     """The noise that a measurement with seed 0 sees, ``[R, K, B, D]``."""
-    zeros = torch.zeros(replicates, len(of.x), sum(of.model.units))
-    return Rng(0, range(replicates)).sample(Independent(Normal(zeros, torch.ones_like(zeros)), 1), K).movedim(1, 0)
+    device = of.x.device
+    zeros = torch.zeros(replicates, len(of.x), sum(of.model.units), device=device)
+    q = Independent(Normal(zeros, torch.ones_like(zeros)), 1)
+    return Rng(0, range(replicates), device=device).sample(q, K).movedim(1, 0)
 
 
 def disagreement(measured: Measurement, moments: Moments) -> float:
@@ -129,5 +139,5 @@ def disagreement(measured: Measurement, moments: Moments) -> float:
     for (name, _), first, second in zip(measured.problem.model.named_parameters(), *moments, strict=True):
         mean, variance = torch.as_tensor(measured.mean[name]), torch.as_tensor(measured.variance[name])
         for sums, ours in ((first, n * mean), (second, (n - 1) * variance + n * mean**2)):
-            found.append(float((sums - ours).abs().max() / ours.abs().max()))
+            found.append(float((sums.cpu() - ours).abs().max() / ours.abs().max()))
     return max(found)

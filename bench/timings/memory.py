@@ -1,5 +1,7 @@
-"""Peak memory of one measurement, in a process of its own: a pickled problem, estimator and number of replicates on standard
-input, MiB above what the process held before on standard output, as tensors count it and as the operating system does.
+"""Peak memory of one measurement, in a process of its own.
+
+Standard input has a pickled problem, estimator, number of replicates and device; standard output gets the MiB above what was held
+before, as tensors count it and, on the processor, as the operating system does.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import pickle
 import resource
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,19 +26,24 @@ from gradiometer.estimators import Estimator
 MIB = 2**20
 
 
-def peaks(problem: Problem, estimator: Estimator, replicates: int) -> dict[str, float]:
+def peaks(problem: Problem, estimator: Estimator, replicates: int, device: str) -> dict[str, float | None]:
     """By tensors, and by the process; the latter first, since following tensors takes memory of its own."""
-    measure(problem, estimator, replicates=16)  # code is loaded and compiled, and nothing much is kept
+    measure(problem, estimator, replicates=16, device=device)  # code is loaded and compiled, and nothing much is kept
     gc.collect()
+    step = partial(measure, problem, estimator, replicates=replicates, device=device)
+    process = process_peak(step) / MIB if device == "cpu" else None
+    return {"tensors MiB": peak_memory(step, problem.x.to(device)) / MIB, "process MiB": process}
+
+
+def process_peak(step: Callable[[], object]) -> int:
+    """Bytes that the process holds at most, above what it held before."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
-    measure(problem, estimator, replicates=replicates)
-    process = resident("VmHWM") - before
-    step = partial(measure, problem, estimator, replicates=replicates)
-    return {"tensors MiB": peak_memory(step, problem.x) / MIB, "process MiB": process / MIB}
+    step()
+    return resident("VmHWM") - before
 
 
 def resident(field: str) -> int:
