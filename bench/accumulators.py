@@ -26,6 +26,7 @@ AGREED = 1e-3  # relative difference of second moments made in two ways, in ever
 ENOUGH = 4  # replicates that show whether terms cancel
 FEW, SHARED_FEW = 5, 32  # rows up to which sums over their pairs are cheaper than one gradient after the other
 AT_ONCE = 2**20  # elements of small parameters' gradients that are made at once
+GPU_AT_ONCE = 2**24  # of any parameter's, on a graphics processor
 Block = Tensor | Outer | Beside
 Slice = tuple[int | None, int | None]
 """Columns (last axis) of a block that are one parameter's, as a slice's start and stop."""
@@ -56,7 +57,7 @@ class Accumulator(ABC):
     def fold(self, gradients: Block, pieces: Sequence[Piece], towards: Tensor | None = None) -> Projections:
         """Add the replicates ``[r, *shape]`` of adjacent pieces of a pass, each to its shard.
 
-        Where they are made one after the other, those that are wanted are projected on the direction `towards` as they come by.
+        Where they are multiplied out, those that are wanted are projected on the direction `towards` as they come by.
         """
         found = self._add(gradients, pieces, towards)
         for piece in pieces:
@@ -155,7 +156,7 @@ class Coordinates(Accumulator):
 
 
 class Dense(Coordinates):
-    """Holds the sums of every coordinate; of factors, one gradient is made after the other."""
+    """Holds the sums of every coordinate; of factors, each gradient is multiplied out."""
 
     first: Tensor
     second: Tensor
@@ -169,7 +170,7 @@ class Dense(Coordinates):
 
     def _add(self, gradients: Block, pieces: Sequence[Piece], towards: Tensor | None) -> Projections:
         if isinstance(gradients, Outer):
-            return _joined([self._one_by_one(gradients[piece.rows], piece, towards) for piece in pieces])
+            return _joined([self._multiplied(gradients[piece.rows], piece, towards) for piece in pieces])
         start = 0
         for part in gradients.parts if isinstance(gradients, Beside) else [gradients]:
             wide = part.shape.numel() if isinstance(part, Outer) else part[0].numel()
@@ -187,13 +188,13 @@ class Dense(Coordinates):
             start += wide
         return {}
 
-    def _one_by_one(self, gradients: Outer, piece: Piece, towards: Tensor | None) -> Projections:
+    def _multiplied(self, gradients: Outer, piece: Piece, towards: Tensor | None) -> Projections:
         first, second = self.first[piece.shard], self.second[piece.shard]
         if towards is None or gradients.rows <= SHARED_FEW or not piece.wanted:
-            add_one_by_one(gradients, first, second, self.pilot)
+            add_multiplied(gradients, first, second, self.pilot)
             return {}
-        columns = add_one_by_one(gradients[: piece.wanted], first, second, self.pilot, towards)
-        add_one_by_one(gradients[piece.wanted :], first, second, self.pilot)
+        columns = add_multiplied(gradients[: piece.wanted], first, second, self.pilot, towards)
+        add_multiplied(gradients[piece.wanted :], first, second, self.pilot)
         along, squared = ({of: m[:, slice(*of)].sum(1) for of in self.slices} for m in columns)
         return {of: (along[of], squared[of]) for of in self.slices}
 
@@ -400,7 +401,7 @@ def accumulator(beginning: Tensor | Outer, shards: int, slices: Iterable[Slice],
             elif _pairs_agree(minus(beginning, centre := _centre(beginning))):
                 return Paired(beginning, shards, slices, centre)
         first, second = beginning.cotangents.new_zeros(2, *beginning.shape)
-        add_one_by_one(beginning, first, second)
+        add_multiplied(beginning, first, second)
     else:
         first, second = beginning.sum(0), beginning.square().sum(0)
     mean = (first / len(beginning)).nan_to_num_(0, 0, 0)
@@ -433,18 +434,26 @@ def _cancelled(first: Tensor, second: Tensor, n: int) -> Tensor:
 def _pairs_agree(deviations: Outer) -> bool:
     """Whether second moments from pairs of rows have lost no digits to terms that cancel."""
     first, second = deviations.cotangents.new_zeros(2, *deviations.shape)
-    add_one_by_one(deviations, first, second)
+    add_multiplied(deviations, first, second)
     return not ((deviations.squared().total() - second).abs() > AGREED * second).any()
 
 
-def add_one_by_one(
+def add_multiplied(
     gradients: Outer, first: Tensor, second: Tensor, pilot: Pilot | None = None, towards: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Add the sums over replicates of deviations from `pilot`, and of their squares, in tiles that stay in the cache.
+    """Add the sums over replicates of deviations from `pilot`, and of their squares, each gradient multiplied out.
 
     Returns:
         Down each column, the inner products with the direction `towards` and the squares of the gradients, ``[r, in]`` each.
     """
+    add = _one_by_one if first.device.type == "cpu" else _many_at_once
+    return add(gradients, first, second, pilot, towards)
+
+
+def _one_by_one(
+    gradients: Outer, first: Tensor, second: Tensor, pilot: Pilot | None, towards: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """In tiles that stay in the cache."""
     tall, wide = gradients.shape
     step = -(-tall // -(-tall * wide // LARGE))
     along, squared = first.new_zeros(2, len(gradients) if towards is not None else 0, wide)
@@ -459,4 +468,22 @@ def add_one_by_one(
                 gradient = pilot.taken_from(gradient, units)
             of_first.add_(gradient)
             of_second.addcmul_(gradient, gradient)
+    return along, squared
+
+
+def _many_at_once(
+    gradients: Outer, first: Tensor, second: Tensor, pilot: Pilot | None, towards: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """For a graphics processor, where a call costs more than what it computes."""
+    step = max(1, GPU_AT_ONCE // gradients.shape.numel())
+    along, squared = first.new_zeros(2, len(gradients) if towards is not None else 0, gradients.shape[1])
+    for start in range(0, len(gradients), step):
+        replicates = slice(start, start + step)
+        made = gradients[replicates].dense()
+        if towards is not None:
+            along[replicates], squared[replicates] = (made * towards).sum(1), made.square().sum(1)
+        if pilot is not None:
+            made -= pilot.dense
+        first += made.sum(0)
+        second += made.square_().sum(0)
     return along, squared

@@ -24,6 +24,7 @@ COPIES = {aten._to_copy.default, aten.copy_.default}
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 ASKING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 _waits: Counter[str] = Counter()
+_calls: Counter[str] = Counter()
 
 
 class Away(Tensor):
@@ -52,6 +53,7 @@ class Away(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _calls[str(func)] += 1
         kwargs = dict(kwargs or {})
         device = kwargs.pop("device", None)
         leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -94,6 +96,13 @@ def waits() -> Iterator[Counter[str]]:
     """What is waited for while open, by the line of code that does."""
     _waits.clear()
     yield _waits
+
+
+@contextmanager
+def calls() -> Iterator[Counter[str]]:
+    """How often the device is called while open, by operation; those that only look at a tensor in another way included."""
+    _calls.clear()
+    yield _calls
 
 
 class _Module:

@@ -41,6 +41,12 @@ def agree(there, here) -> None:  # type: ignore[no-untyped-def]
         np.testing.assert_allclose(there.variance[name], here.variance[name], rtol=1e-7, atol=1e-12)
 
 
+def holder(word: str, B: int) -> Problem:
+    """A VAE that has what the estimator needs, and enough coordinates for a part of the replicates to be projected."""
+    gaussian, binary = (named_problem(name, B) for name in ("digits-vae@init", "digits-vae-bernoulli@init"))
+    return gaussian if reason_to_skip(gaussian, parse(word)) is None else binary
+
+
 @device
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 @pytest.mark.parametrize("word", WORDS)
@@ -102,8 +108,7 @@ def test_training(device: str) -> None:
 @pytest.mark.parametrize("word", ["iwae:K=3", "rloo:K=3", "disarm:K=4", "rebar:K=2", "nvil:K=3", "sgvb-b:K=2"])
 def test_no_pass_waits_for_the_one_before(word: str) -> None:
     """So that the processor draws the next noise while a graphics processor works."""
-    gaussian, binary = (named_problem(name, 4) for name in ("digits-vae@init", "digits-vae-bernoulli@init"))
-    problem, found = gaussian if reason_to_skip(gaussian, parse(word)) is None else binary, []
+    problem, found = holder(word, 4), []
     for replicates in (512, 1024):  # in the second, 32 passes more; as many replicates are projected in both
         with away.waits() as waits:
             measure(problem, word, replicates=replicates, chunk=16, device=away.NAME, settle=0)
@@ -124,3 +129,16 @@ def test_the_device_of_these_tests_is_strict() -> None:
     with away.waits() as waits:
         there + here[0] + here.to(away.NAME, non_blocking=True)
     assert waits.total() == 0
+
+
+@pytest.mark.skipif(not away.KNOWN_TO_TORCH, reason="torch before 2.10 has no devices written in Python")
+@pytest.mark.parametrize("B", [1, 20])
+@pytest.mark.parametrize("word", ["iwae:K=1", "iwae:K=8", "rloo:K=8", "rebar:K=2", "nvil:K=3", "sgvb-b:K=2"])
+def test_a_pass_of_more_replicates_makes_no_more_calls(word: str, B: int) -> None:
+    """A graphics processor takes longer to be called than to compute: nothing goes through replicates one by one."""
+    problem, found = holder(word, B), []
+    for replicates in (64, 256):
+        with away.calls() as calls:
+            measure(problem, word, replicates=replicates, chunk=replicates, device=away.NAME, settle=0)
+        found.append(calls.total())
+    assert found[1] <= found[0]

@@ -165,6 +165,16 @@ def wrong(sums: Accumulator, g: Block, tolerance: float, parts: Parts = PARTS) -
     return found - ({"variance"} if isinstance(sums, Traces) else set())
 
 
+@pytest.fixture(params=["one by one", "many at once"])
+def multiplied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How gradients are multiplied out; many at once, two of them."""
+    if request.param == "many at once":
+        monkeypatch.setattr(accumulators, "_one_by_one", accumulators._many_at_once)
+        monkeypatch.setattr(accumulators, "GPU_AT_ONCE", 2 * rows(3).shape.numel())
+    return request.param
+
+
+@pytest.mark.usefixtures("multiplied")
 @pytest.mark.parametrize("tiny", [False, True])
 @kinds
 def test_moments_are_those_of_the_replicates(kind: str, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,11 +235,12 @@ def test_a_planted_mistake_is_seen(kind: str, mistake: str) -> None:
     assert wrong(sums, replicates(), 1e-10) == seen
 
 
-def one_by_one(kind: str) -> bool:
-    """Whether gradients are made one after the other, each once, so that they are projected then."""
+def once_each(kind: str) -> bool:
+    """Whether each gradient is multiplied out, once, so that it is projected then."""
     return kind.startswith(("dense", "about")) and kind.endswith("40 rows")
 
 
+@pytest.mark.usefixtures("multiplied")
 @pytest.mark.parametrize("wanted", [1, 7, 11])
 @kinds
 def test_projections_are_those_of_the_gradients(kind: str, wanted: int) -> None:
@@ -240,7 +251,7 @@ def test_projections_are_those_of_the_gradients(kind: str, wanted: int) -> None:
         own = g[part.start : part.stop]
         piece = Piece(number, slice(0, len(own)), wanted if number == 1 else 0)
         found = sums.fold(own, [piece], direction if number == 1 else None)
-        assert set(found) == (set(SLICES) if number == 1 and one_by_one(kind) else set())
+        assert set(found) == (set(SLICES) if number == 1 and once_each(kind) else set())
         if number == 1 and not found:
             found = sums.projections(own[:wanted], direction)
         for of, (along, squared) in found.items():
