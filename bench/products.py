@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -93,26 +93,25 @@ def fast_forward(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """While open, no product is rounded to TF32 or bfloat16: a variance would be that of the rounding."""
+    """While open, no product is rounded to TF32 or bfloat16, or a variance would be that of the rounding.
+
+    Nor does cuDNN choose how to convolve by what is fastest today: the same seed gives the same bits.
+    """
     backends: Any = torch.backends
-    if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
-        before = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("highest")
-        backends.cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before[0])
-            backends.cudnn.allow_tf32 = before[1]
-        return
-    places = [
-        backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.conv
-    ]  # fmt: skip
-    found = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
-    try:
+    with ExitStack() as as_it_was:
+
+        def change(place: Any, name: str, value: object) -> None:
+            as_it_was.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
+
+        change(backends.cudnn, "deterministic", True)
+        change(backends.cudnn, "benchmark", False)
+        if not hasattr(backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
+            as_it_was.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+            change(backends.cudnn, "allow_tf32", False)
+        else:
+            cpu, gpu = backends.mkldnn, backends.cudnn
+            for place in (backends.cuda.matmul, cpu.matmul, gpu.conv, gpu.rnn, cpu.conv):
+                change(place, "fp32_precision", "ieee")
         yield
-    finally:
-        for place, precision in zip(places, found, strict=True):
-            place.fp32_precision = precision

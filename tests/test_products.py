@@ -260,3 +260,15 @@ def test_precision_may_have_been_set_place_by_place(place: str) -> None:
         assert is_full()
     assert by_place() == before
     assert before[place] == "tf32"
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_convolutions_are_repeatable_inside_and_as_they_were_outside(
+    found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", not found)
+    monkeypatch.setattr(cudnn, "benchmark", found)
+    with full_precision():
+        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+    assert (cudnn.deterministic, cudnn.benchmark) == (not found, found)
