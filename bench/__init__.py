@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from gradiometer.bench.named import named_problem as named_problem
     from gradiometer.bench.problems import Problem as Problem
     from gradiometer.bench.store import keep as keep
+    from gradiometer.bench.store import load as load
 
 _HOMES = {  # public name -> the module it lives in
     "LatentVariableModel": "models.protocol",
@@ -30,6 +31,7 @@ _HOMES = {  # public name -> the module it lives in
     "cost": "costs",
     "decompose": "decomposition",
     "keep": "store",
+    "load": "store",
     "measure": "measurement",
     "measure_all": "measurement",
     "named_problem": "named",

@@ -177,7 +177,7 @@ def indexed(folder: Path, suite: str = "") -> list[str]:
     return [str(key) for key in found["cells"]]
 
 
-def load(folder: Path) -> pd.DataFrame:
+def load(folder: Path | str) -> pd.DataFrame:
     """All rows of a suite's finished cells, in the suite's order, one column per entry of `COLUMNS`.
 
     Raises:
@@ -187,6 +187,7 @@ def load(folder: Path) -> pd.DataFrame:
 
     from gradiometer.bench.efficiency import with_products
 
+    folder = Path(folder)
     about = index(folder)
     rows: list[dict[str, Any]] = []
     missing = 0

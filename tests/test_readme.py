@@ -28,6 +28,16 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     assert CliRunner().invoke(main, ["report", "results/local/mine", "--format", "md"]).exit_code == 0
 
 
+def test_the_rows_of_a_folder_are_a_table(tmp_path, monkeypatch):
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(next(code for code in PYTHON if "load(" in code), "README.md", "exec"), {})
+    estimators, seeds, _, first, *_ = (tmp_path / "curves.csv").read_text(encoding="utf-8").splitlines()
+    assert {"estimator", "dreg:K=8", "stl"} <= set(estimators.split(","))
+    assert {"seed", "0", "2"} <= set(seeds.split(","))
+    assert all(float(value) < 0 for value in first.split(",")[1:])
+
+
 def test_the_estimator_of_the_readme_is_checked_and_measured_from_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     plugin = tmp_path / "tempered.py"
