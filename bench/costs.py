@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradiometer.bench.gradients import Counted, trainable
@@ -73,6 +72,8 @@ def cost(
 
 def _seconds(step: Any, threads: int, budget: float) -> list[float]:
     """Seconds per call in each of `ROUNDS` blocks; the timer synchronises a GPU and pins the threads."""
+    from torch.utils.benchmark import Timer  # says on import that there is no GPU, where there is a compiler for one
+
     timer = Timer("step()", globals={"step": step}, num_threads=threads)
     once = max(timer.timeit(3).mean, 1e-6)  # a warm-up, too
     number = max(1, round(budget / ROUNDS / once))

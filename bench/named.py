@@ -27,6 +27,7 @@ from gradiometer.bench.models.settings import TOYS
 from gradiometer.bench.models.vae import PRESETS, VAE
 from gradiometer.bench.problems import Problem
 from gradiometer.bench.training import Recipe, train
+from gradiometer.estimators.noise import seeded
 from gradiometer.estimators.registry import configured, nearest, parse
 
 log = logging.getLogger(__name__)
@@ -189,8 +190,7 @@ def fresh(name: str, seed: int) -> tuple[VAE, Dataset]:
         raise RequestError(f"no VAE to train is called {name!r}{nearest(name, list(REFERENCES))}")
     reference = REFERENCES[name]
     dataset = load(reference.dataset)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return _architecture(reference, dataset), dataset
 
 

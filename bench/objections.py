@@ -19,6 +19,7 @@ from gradiometer.bench.batched import Batch, dense, together
 from gradiometer.bench.gradients import surrogates
 from gradiometer.bench.subject import Subject, batch_of
 from gradiometer.bench.tape import NotRows, Pass
+from gradiometer.estimators.noise import graphics_processors
 
 TAKING = {Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist, Tensor.numpy}
 
@@ -30,16 +31,17 @@ def objection(batch: Batch, made: Pass, position: int, subjects: Sequence[Subjec
 
 def _seen(batch: Batch, subject: Subject, seed: int) -> str | None:
     """What a comparison of gradients may miss, since it is rare, or small in one gradient and not in the mean of many."""
-    before, rng = torch.random.get_rng_state(), subject.rng(seed, 1)
+    rng, gpus = subject.rng(seed, 1), graphics_processors()
     constants = [*subject.model.parameters(), *subject.model.buffers()]
     try:
-        with batch.network.aside() as parameters, Values(constants) as values:
+        with batch.network.aside() as parameters, Values(constants) as values, torch.random.fork_rng(gpus):
+            before = _generators(gpus)
             made = list(surrogates(subject.estimator, subject.model, subject.x, rng, subject.state))
+            after = _generators(gpus)
     except Exception as error:  # a stranger's code may not bear to be watched
         subject.one(subject.rng(seed, 1))  # raises, if it is wrong by itself
         return f"watched as it is made, there is a {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    if not torch.equal(before, torch.random.get_rng_state()):
-        torch.random.set_rng_state(before)
+    if not all(map(torch.equal, before, after)):
         return "it draws noise of its own, from torch's global generator, so that the same seed does not give the same numbers"
     if values.taken:
         return (
@@ -51,6 +53,11 @@ def _seen(batch: Batch, subject: Subject, seed: int) -> str | None:
     slopes: Sequence[Any] = torch.autograd.grad(terms, list(parameters.values()), allow_unused=True)
     used = [name for name, slope in zip(parameters, slopes, strict=True) if slope is not None]
     return f"parameter {used[0]!r} is used outside of its layer's calls" if used else None
+
+
+def _generators(gpus: Sequence[int]) -> list[Tensor]:
+    """States of torch's global ones."""
+    return [torch.random.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in gpus)]
 
 
 class Values(TorchFunctionMode):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradiometer.bench.data import Dataset
 from gradiometer.bench.gradients import Counted, Draw, add_gradients, one, surrogates, trainable
 from gradiometer.estimators.base import Estimator, State, Surrogate
-from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.noise import Rng, seeded
 
 SETTLE = 300  # steps that a memory gets at the problem's parameters before it is frozen, if nothing else is asked
 
@@ -103,8 +103,7 @@ def learn(
 
 def initial_state(estimator: Estimator, model: Any, x: Tensor, seed: int) -> State:
     """Fresh memory; what it learns starts from the same values for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         state = estimator.init_state(model, x)
     for module in state.learned.values():
         module.to(x.device, x.dtype)

@@ -7,7 +7,8 @@ and a chunk takes the rows it needs from the blocks it touches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
@@ -154,21 +155,34 @@ class Rng:
         return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") >> 1  # torch wants an int64
 
     def _draw_by_torch(self, q: Distribution, particles: int | None, *, differentiable: bool) -> Tensor:
-        """Draws of a family we hold no transform for: one row at a time, under a forked and seeded global generator."""
+        """Draws of a family we hold no transform for: one row at a time, on the CPU too, from a seeded global generator."""
         draws = []
         single = isinstance(self.replicates, int)
         indices = [self.replicates] if isinstance(self.replicates, int) else list(self.replicates)
         if not single:
             self._must_have_replicates(q.batch_shape + q.event_shape, len(q.batch_shape) - 2)
-        with torch.random.fork_rng(devices=[]):
-            for row, replicate in enumerate(indices):
-                torch.manual_seed(self._key(-1 - replicate))
-                part = q if single else rebuilt(q, partial(torch.select, dim=len(q.batch_shape) - 2, index=row))
+        here = q if self.device.type == "cpu" else rebuilt(q, Tensor.cpu)
+        for row, replicate in enumerate(indices):
+            with seeded(self._key(-1 - replicate)):
+                part = here if single else rebuilt(here, partial(torch.select, dim=len(q.batch_shape) - 2, index=row))
                 shape = Size(() if particles is None else (particles,))
                 draws.append(part.rsample(shape) if differentiable else part.sample(shape))
         self._ordinal += 1
         axis = len(q.batch_shape) - 2 + (particles is not None)
-        return draws[0] if single else torch.stack(draws, axis)
+        return (draws[0] if single else torch.stack(draws, axis)).to(self.device)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """While open, torch's global generators start from a seed; afterwards they go on as if nothing had been drawn."""
+    with torch.random.fork_rng(graphics_processors()):
+        torch.manual_seed(seed)
+        yield
+
+
+def graphics_processors() -> list[int]:
+    """Those whose generators may be drawn from: none before CUDA was used."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def _fill_normal(rows: Tensor, generator: torch.Generator) -> None:
@@ -212,4 +226,4 @@ def rebuilt(q: Distribution, change: Callable[[Tensor], Tensor]) -> Distribution
         ) from error
 
 
-__all__ = ["BLOCK", "Ancestral", "Rng", "rebuilt"]
+__all__ = ["BLOCK", "Ancestral", "Rng", "graphics_processors", "rebuilt", "seeded"]

@@ -25,6 +25,7 @@ INDEXED = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.def
 ASKING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}
 _waits: Counter[str] = Counter()
 _calls: Counter[str] = Counter()
+_draws: Counter[str] = Counter()
 
 
 class Away(Tensor):
@@ -54,6 +55,8 @@ class Away(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         _calls[str(func)] += 1
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            _draws[str(func)] += 1
         kwargs = dict(kwargs or {})
         device = kwargs.pop("device", None)
         leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -96,6 +99,13 @@ def waits() -> Iterator[Counter[str]]:
     """What is waited for while open, by the line of code that does."""
     _waits.clear()
     yield _waits
+
+
+@contextmanager
+def draws() -> Iterator[Counter[str]]:
+    """How often the device draws noise of its own while open, which is not the processor's."""
+    _draws.clear()
+    yield _draws
 
 
 @contextmanager

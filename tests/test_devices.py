@@ -12,7 +12,8 @@ import pytest
 import torch
 from engine import WORDS, Convolutional, Shifted, data, home
 from oracles import scrambled
-from torch import nn
+from torch import Tensor, nn
+from torch.distributions import Independent, Laplace
 
 from gradiometer.bench import Problem, measure
 from gradiometer.bench.cells import Cell, attempt_together
@@ -52,8 +53,43 @@ def holder(word: str, B: int) -> Problem:
 @pytest.mark.parametrize("word", WORDS)
 def test_every_estimator(word: str, engine: str, device: str) -> None:
     problem = Problem(home(word), data(3))
-    there, here = (measure(problem, word, replicates=40, engine=engine, device=d, **EXACT) for d in (device, "cpu"))
+    with away.draws() as drawn:
+        there, here = (measure(problem, word, replicates=40, engine=engine, device=d, **EXACT) for d in (device, "cpu"))
     agree(there, here)
+    assert not drawn
+
+
+class Heavy(Shifted):
+    """A guide of a family that torch draws."""
+
+    def guide(self, x: Tensor) -> Independent:
+        return Independent(Laplace(self.encoder(x), torch.ones_like(x)), 1)
+
+
+@device
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_families_that_torch_draws_see_the_noise_of_the_processor(engine: str, device: str) -> None:
+    problem = Problem(Heavy(), data(3, 2))
+    with away.draws() as drawn:
+        there, here = (
+            measure(problem, "dreg:K=3", replicates=40, engine=engine, device=d, **EXACT) for d in (device, "cpu")
+        )
+    agree(there, here)
+    assert not drawn
+
+
+@device
+def test_global_generators_go_on_as_if_nothing_had_been_drawn(device: str) -> None:
+    def following() -> list[Tensor]:
+        return [torch.rand(3), torch.rand(3, device="cuda" if device == "cuda" else "cpu")]
+
+    heavy, learning = Problem(Heavy(), data(3, 2)), Problem(home("nvil"), data(3))
+    torch.manual_seed(5)
+    wanted = following()
+    torch.manual_seed(5)
+    for problem, word in ((heavy, "dreg:K=3"), (learning, "nvil:K=3")):
+        measure(problem, word, replicates=8, device=device, **EXACT)
+    assert all(map(torch.equal, following(), wanted))
 
 
 @device
@@ -126,6 +162,9 @@ def test_the_device_of_these_tests_is_strict() -> None:
         with away.waits() as waits:
             waiting()
         assert waits.total() == 1
+    with away.draws() as drawn:
+        there.normal_()
+    assert drawn.total() == 1
     with away.waits() as waits:
         there + here[0] + here.to(away.NAME, non_blocking=True)
     assert waits.total() == 0

@@ -15,7 +15,7 @@ from gradiometer.bench.checks.worlds import Conjugate, World, bits
 from gradiometer.bench.gradients import Draw, one, surrogates, trainable
 from gradiometer.bench.training import initial_state, learn
 from gradiometer.estimators.base import Estimator, State, Surrogate
-from gradiometer.estimators.noise import Rng
+from gradiometer.estimators.noise import Rng, seeded
 from gradiometer.estimators.registry import configured, parse
 
 IDLE = "nothing is learned beside the estimate"
@@ -123,10 +123,9 @@ def _well_formed(surrogate: Surrogate, x: Tensor, known: set[str]) -> None:
 def _deterministic(estimator: Estimator, world: World) -> str:
     """The same noise gives the same gradient, whatever the global generator is at, and other noise another."""
     state = experienced(estimator, world)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+    with seeded(1):
         first = draw(estimator, world, 0, state).gradients
-        torch.manual_seed(2)
+    with seeded(2):
         second = draw(estimator, world, 0, state).gradients
     if any(not torch.equal(first[name], second[name]) for name in first):
         name = next(name for name in first if not torch.equal(first[name], second[name]))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradiometer.bench.models.toys import BernoulliToy, FunctionToy, GaussianToy
 from gradiometer.bench.models.vae import VAE, Architecture
+from gradiometer.estimators.noise import seeded
 
 
 class Toy(Protocol):
@@ -86,8 +87,7 @@ class EnumerableSetting:
         _require("a finite scale", math.isfinite(self.scale), self.scale)
 
     def build(self) -> tuple[nn.Module, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(0):
             model = VAE(Architecture(data=6, hidden=(4,), latent=(3,), kind="bernoulli"))
             with torch.no_grad():
                 for parameter in model.parameters():
