@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradiometer.bench.moments import TILE, Array, Moments, Pooled, Tile, left_by, moments_of, summary, total_of
+from gradiometer.bench.moments import Array, Moments, Pooled, Tile, left_by, moments_of, summary, tile_of, total_of
 from gradiometer.bench.outer import CANCELLED, Beside, Outer, columns_of, pairs_of, twice
 from gradiometer.bench.products import product
 
@@ -145,10 +145,10 @@ class Coordinates(Accumulator):
         """Of single shards, each in parts."""
 
         def cut(m: Tensor) -> Sequence[Tensor]:
-            m = m.view(-1, self.shape[-1])[:, columns]
-            if m.numel() <= TILE:
+            m, most = m.view(-1, self.shape[-1])[:, columns], tile_of(m)
+            if m.numel() <= most:
                 return [m]
-            return m.flatten().split(TILE) if m.is_contiguous() else m.split(max(1, TILE // m.shape[1]))
+            return m.flatten().split(most) if m.is_contiguous() else m.split(max(1, most // m.shape[1]))
 
         firsts, seconds = (list(zip(*map(cut, of), strict=True)) for of in (self.first, self.second))
         pilots = [None] * len(firsts) if self.pilot is None else cut(self.pilot.dense)
@@ -203,7 +203,7 @@ class Dense(Coordinates):
 
     def _tiles(self, columns: slice) -> Iterator[Tile]:
         first, second = self.first[..., columns], self.second[..., columns]
-        if first.numel() > TILE:
+        if first.numel() > tile_of(first):
             yield from super()._tiles(columns)
         else:
             pilot = None if self.pilot is None else self.pilot.dense[..., columns]
@@ -277,7 +277,7 @@ class Shared(Accumulator):
         inputs, S = self.inputs[:, columns].T, len(self.first)  # [in, n]
         n, m = pairs_of(len(self.inputs), inputs.device)
         pairs, often = inputs[:, n] * inputs[:, m], twice(n, m).to(inputs)[:, 0]
-        step = max(1, TILE // len(inputs))
+        step = max(1, tile_of(inputs) // len(inputs))
         for start in range(0, self.shape[0], step):
             units = slice(start, start + step)
             first = product(self.first[..., units].mT.flatten(0, 1), inputs).view(S, -1)

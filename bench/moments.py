@@ -21,6 +21,7 @@ from gradiometer.estimators.noise import BLOCK
 
 FINE = 2**16  # coordinates of a gradient up to which finer shards are four times as many; beyond, twice
 TILE = 2**16  # elements of a temporary that stays in a cache near the processor
+GPU_TILE = 2**24  # on a graphics processor, where a call costs more than what it computes
 Array = NDArray[np.float64]
 Parts = Tensor | Sequence[Tensor]
 Tile = tuple[Parts, Parts, Tensor | None]
@@ -123,7 +124,7 @@ def summary(tiles: Iterable[Tile], count: Array, shape: Sequence[int]) -> Moment
     pooled: list[list[Tensor]] = [[], [], []]
     sums = []
     for first, second, pilot in tiles:
-        few = len(first) * first[0].numel() <= TILE
+        few = len(first) * first[0].numel() <= tile_of(first[0])
         total, squares, rows = (_of_few if few else _of_many)(first, second, pilot, left)
         for kept, of in zip(pooled, (total, squares, pilot), strict=True):
             kept += [] if of is None else [of.flatten()]
@@ -158,6 +159,11 @@ def _of_many(first: Parts, second: Parts, pilot: Tensor | None, left: Sequence[f
             mean.add_(pilot, alpha=n)
         rows += _sums(*(of.view(1, -1) for of in (mean, variance, ratio)))
     return total, squares, rows
+
+
+def tile_of(values: Tensor) -> int:
+    """Elements of a temporary that is made at once where the values are."""
+    return TILE if values.device.type == "cpu" else GPU_TILE
 
 
 def total_of(parts: Parts) -> Tensor:

@@ -178,7 +178,7 @@ def multiplied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("tiny", [False, True])
 @kinds
 def test_moments_are_those_of_the_replicates(kind: str, tiny: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {(accumulators, "TILE"): 4, (moments, "TILE"): 4, (accumulators, "LARGE"): 8, (accumulators, "PAIRED"): 7}
+    sizes = {(moments, "TILE"): 4, (accumulators, "LARGE"): 8, (accumulators, "PAIRED"): 7}
     for (module, name), size in sizes.items() if tiny else ():  # so that everything is made in parts
         monkeypatch.setattr(module, name, size)
     replicates, make = KINDS[kind]
