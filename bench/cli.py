@@ -454,7 +454,7 @@ def _load(plugins: Iterable[str]) -> None:
 
 def _devices(word: str, several: bool = True) -> list[str]:
     """The devices that a word like ``cuda:0,1`` names, which exist."""
-    import torch
+    from gradiometer.bench.arguments import has
 
     first, *others = word.split(",")
     kind = first.partition(":")[0]
@@ -463,11 +463,8 @@ def _devices(word: str, several: bool = True) -> list[str]:
         raise RequestError(f"one comparison runs on one device, not on {word!r}: give several to `gradiometer run`")
     if len({device.partition(":")[0] for device in devices}) > 1:
         raise RequestError(f"the devices {word!r} are not alike, so that rows would depend on which one a cell gets")
-    for device in devices:
-        try:
-            torch.ones(1, device=device).item()  # the device `meta` can be named, and holds no numbers
-        except (RuntimeError, AssertionError):
-            raise RequestError(f"this machine has no device {device!r}; --device cpu works everywhere") from None
+    if lacking := [device for device in devices if not has(device)]:
+        raise RequestError(f"this machine has no device {lacking[0]!r}; --device cpu works everywhere")
     return devices
 
 

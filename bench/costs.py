@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from gradiometer.bench.arguments import estimators_for, must_make_sense
 from gradiometer.bench.gradients import Counted, trainable
-from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.problems import Problem
 from gradiometer.bench.statistics import Value, exact, normal
 from gradiometer.bench.training import ascent, finish, initial_state
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.noise import Rng
-from gradiometer.estimators.registry import parse
 
 ROUNDS = 16  # timed blocks
 OUTER = 3  # of them on either side lie outside of the interval of the median
@@ -42,9 +42,8 @@ def cost(
     Raises:
         ValueError: the problem lacks what the estimator needs.
     """
-    estimator = parse(estimator)
-    if (reason := reason_to_skip(problem, estimator)) is not None:
-        raise ValueError(reason)
+    (estimator,) = estimators_for(problem, [estimator])
+    must_make_sense(device=device, seed=seed, threads=threads)
     model, x = copy.deepcopy(problem.model).to(device), problem.x.to(device)
     state = initial_state(estimator, model, x, seed)
     parameters = trainable(model, state)

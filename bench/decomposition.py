@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradiometer.bench.accumulators import Accumulator, Piece
+from gradiometer.bench.arguments import estimators_for, must_make_sense
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.folding import Failure, accumulators
 from gradiometer.bench.gradients import Counted, trainable
@@ -24,7 +25,7 @@ from gradiometer.bench.measured import columns_of, columns_of_group, row_of
 from gradiometer.bench.measurement import Ways
 from gradiometer.bench.moments import Array
 from gradiometer.bench.oneway import OneWay, parts_of
-from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.problems import Problem
 from gradiometer.bench.products import full_precision
 from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, draws
 from gradiometer.bench.statistics import Value
@@ -32,7 +33,6 @@ from gradiometer.bench.subject import Subject
 from gradiometer.bench.tape import NotRows, Part
 from gradiometer.bench.training import SETTLE, evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator
-from gradiometer.estimators.registry import parse
 
 FIRST = 8  # replicates that an accumulator is chosen by
 
@@ -147,14 +147,18 @@ def decompose(
         >>> parts["minibatch"].value / parts["both"].value > 0.999  # the divergence in closed form has no other noise
         True
     """
-    chosen = [parse(e) for e in estimators]
-    for estimator in chosen:
-        if (reason := reason_to_skip(problem, estimator)) is not None:
-            raise ValueError(reason)
-    if minibatches < 4:
-        raise RequestError(f"an error bar needs at least 4 minibatches, not {minibatches}")
-    if replicates < 4:
-        raise RequestError(f"an error bar needs at least 4 replicates of each minibatch, not {replicates}")
+    chosen = estimators_for(problem, estimators)
+    must_make_sense(
+        engine=engine,
+        device=device,
+        dtype=dtype,
+        minibatches=minibatches,
+        replicates=replicates,
+        seed=seed,
+        memory=memory,
+        chunk=chunk,
+        settle=settle,
+    )
     model, x = copy.deepcopy(problem.model).to(device, dtype), problem.x.to(device, dtype)
     counted = Counted(model)
     with full_precision():

@@ -6,17 +6,18 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradiometer.bench import bias, metrics
 from gradiometer.bench.accumulators import Cancelled
+from gradiometer.bench.arguments import estimators_for, must_make_sense
 from gradiometer.bench.folding import Failure, Folding
 from gradiometer.bench.gradients import Counted, trainable
 from gradiometer.bench.measured import Compared, Measurement, of_moments
-from gradiometer.bench.problems import Problem, active_units, reason_to_skip
+from gradiometer.bench.problems import Problem, active_units
 from gradiometer.bench.products import full_precision
 from gradiometer.bench.replicates import MEMORY, Engine, Limits, Plan, draws, looped, plans
 from gradiometer.bench.subject import Subject
@@ -24,7 +25,7 @@ from gradiometer.bench.tape import NotRows
 from gradiometer.bench.training import SETTLE, evaluations_of_learning, settled
 from gradiometer.estimators.base import Estimator, State
 from gradiometer.estimators.noise import BLOCK
-from gradiometer.estimators.registry import nearest, parse
+from gradiometer.estimators.registry import parse
 
 T = TypeVar("T")
 AIM = 0.6  # of the replicates that seem to be needed, before a look at whether they are
@@ -115,7 +116,7 @@ def measure_all(
             ones, before they are frozen. The numbers are of that one memory.
 
     Raises:
-        ValueError: the problem lacks what an estimator needs, or there are too few replicates.
+        ValueError: the problem lacks what an estimator needs, or an argument makes no sense.
         Failure: a gradient is not finite, of whichever estimator: measure the others apart from it.
 
     Example:
@@ -125,11 +126,20 @@ def measure_all(
         >>> [str(m.estimator) for m in found]
         ['iwae:K=4', 'dreg:K=4']
     """
-    chosen, trusted = [parse(e) for e in estimators], None if reference is None else parse(reference)
-    for estimator in chosen:
-        if (reason := reason_to_skip(problem, estimator)) is not None:
-            raise ValueError(reason)
-    _must_make_sense(engine, only, precision)
+    chosen, trusted = estimators_for(problem, estimators), None if reference is None else parse(reference)
+    must_make_sense(
+        engine=engine,
+        only=only,
+        precision=precision,
+        device=device,
+        dtype=dtype,
+        replicates=replicates,
+        seed=seed,
+        budget=budget,
+        memory=memory,
+        chunk=chunk,
+        settle=settle,
+    )
     model, x = copy.deepcopy(problem.model).to(device, dtype), problem.x.to(device, dtype)
     units = None if problem.held_out is None else active_units(model, problem.held_out)
     counted = Counted(model)
@@ -226,17 +236,6 @@ class Ways:
             else:
                 found |= {id(subject): of for subject, of in zip(plan.subjects, made, strict=True)}
         return [found[id(subject)] for subject in subjects]
-
-
-def _must_make_sense(engine: Engine, only: Sequence[str], precision: float | None) -> None:
-    if unknown := [name for name in only if name not in metrics.METRICS]:
-        raise ValueError(f"unknown metric {unknown[0]!r}{nearest(unknown[0], list(metrics.METRICS))}")
-    if engine == "ghost" and (lacking := [name for name in only if name in metrics.OF_COORDINATES]):
-        raise ValueError(f"squared norms do not tell {lacking[0]}: ask for another engine than ghost")
-    if engine not in (known := list(get_args(Engine))):
-        raise ValueError(f"unknown engine {engine!r}{nearest(engine, known)}")
-    if precision is not None and not 0 < precision < 1:
-        raise ValueError(f"a precision is a part of the value, between 0 and 1, not {precision:g}")
 
 
 def _another_way(plan: Plan, error: Exception, engine: Engine) -> list[Plan]:

@@ -44,6 +44,10 @@ class Problem:
             raise ValueError(f"{type(self.model).__name__} is no latent-variable model: it has no {lacking[0]}")
         if not isinstance(self.x, Tensor):
             raise ValueError(f"x is a tensor [B, ...], not of type {type(self.x).__name__}")
+        if self.x.dim() == 0 or len(self.x) == 0:
+            raise ValueError(
+                f"x is a minibatch [B, ...] of at least one data point, not of shape {tuple(self.x.shape)}"
+            )
         if isinstance(self.model, nn.Module):
             object.__setattr__(self, "model", copy.deepcopy(self.model).eval())
 

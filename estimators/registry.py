@@ -91,6 +91,8 @@ def parse(word: str | Estimator) -> Estimator:
     """
     if isinstance(word, Estimator):
         return word
+    if not isinstance(word, str):
+        raise ValueError(f"an estimator is a word, as in 'dreg:K=8', or one that is built, not {word!r}")
     name, colon, settings = word.partition(":")
     if colon and not settings:
         raise ValueError(f"{word!r} ends in its colon: write {name}, or options after it, as in {name}:K=8")

@@ -341,8 +341,8 @@ def test_what_an_estimator_learns_beside_the_model_is_a_group_too() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"minibatches": 3}, "needs at least 4 minibatches, not 3"),
-        ({"minibatches": 4, "replicates": 3}, "needs at least 4 replicates of each minibatch, not 3"),
+        ({"minibatches": 3}, "minibatches should be a whole number of at least 4, not 3"),
+        ({"minibatches": 4, "replicates": 3}, "replicates should be a whole number of at least 4, not 3"),
     ],
 )
 def test_too_few_are_refused(asked: dict, said: str) -> None:

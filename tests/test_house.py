@@ -36,7 +36,7 @@ BENCH_STAIRS = (
     {"batched", "folding"},
     {"subject"},
     {"problems", "training", "objections", "replicates"},
-    {"bias"},
+    {"arguments", "bias"},
     {"measured", "oneway"},
     {"measurement", "costs", "named", "decomposition"},
     {"cells"},

@@ -1,6 +1,7 @@
 """The engine: batched replicates against the slow twin, chunks, shards, and what it refuses."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.distributions import Bernoulli, Independent, Normal, OneHotCategorica
 from gradiometer.bench import products
 from gradiometer.bench.folding import Failure
 from gradiometer.bench.gradients import Draw, one, trainable
-from gradiometer.bench.measurement import measure
+from gradiometer.bench.measurement import measure, measure_all
 from gradiometer.bench.models.toys import BernoulliToy, Expectation, FunctionToy, GaussianToy
 from gradiometer.bench.models.vae import VAE, Architecture
 from gradiometer.bench.moments import shards
@@ -245,11 +246,6 @@ def test_shards_cover_the_replicates_once(R: int) -> None:
     assert len(parts) >= 2
     assert min(map(len, parts)) >= 1
     assert max(map(len, parts)) <= 2 * min(map(len, parts)) + 1
-
-
-def test_too_few_replicates_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 4 replicates, not 3"):
-        measure(Problem(vae(), data(2)), parse("stl"), replicates=3)
 
 
 # What the fast path does not know.
@@ -935,15 +931,40 @@ def test_inner_products_of_the_places_of_a_convolution_are_not_made(monkeypatch:
     [
         ({"only": ("snr_corected",)}, "unknown metric 'snr_corected'; did you mean 'snr_corrected'"),
         ({"only": ("snr",), "engine": "ghost"}, "squared norms do not tell snr"),
-        ({"precision": 0.0}, "between 0 and 1, not 0"),
-        ({"precision": 5.0}, "between 0 and 1, not 5"),
+        ({"only": "snr"}, "metrics are a list, ['snr'], not one word"),
+        ({"precision": 0.0}, "between 0 and 1 (0.05 for 5 %), not 0.0"),
+        ({"precision": 5.0}, "between 0 and 1 (0.05 for 5 %), not 5.0"),
+        ({"precision": "5%"}, "between 0 and 1 (0.05 for 5 %), not '5%'"),
+        ({"replicates": 3}, "replicates should be a whole number of at least 4, not 3"),
+        ({"replicates": 64.0}, "replicates should be a whole number of at least 4, not 64.0"),
+        ({"seed": "0"}, "seed should be a whole number, not '0'"),
+        ({"chunk": 0}, "chunk should be a whole number of at least 1, not 0"),
+        ({"settle": -1}, "settle should be a whole number of at least 0, not -1"),
+        ({"memory": "2GB"}, "memory should be a whole number of at least 1, not '2GB'"),
+        ({"device": "gpu"}, "this machine has no device 'gpu'"),
+        ({"device": "meta"}, "this machine has no device 'meta'"),
+        ({"dtype": "float64"}, "dtype should be torch.float32 or torch.float64, not 'float64'"),
+        ({"dtype": torch.float16}, "dtype should be torch.float32 or torch.float64, not torch.float16"),
+        ({"engine": "row"}, "unknown engine 'row'; did you mean 'rows'"),
     ],
 )
 def test_a_request_without_sense_is_refused(options: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        measure(Problem(vae(), data(3)), parse("iwae:K=2"), replicates=16, **options)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        measure(Problem(vae(), data(3)), parse("iwae:K=2"), **{"replicates": 16} | options)
 
 
-def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown engine 'row'; did you mean 'rows'"):
-        measure(Problem(vae(), data(3)), parse("stl"), replicates=4, engine="row")
+def test_what_is_measured_is_a_problem_and_estimators() -> None:
+    problem = Problem(vae(), data(3))
+    for asked, said in (
+        (lambda: measure("gaussian-toy", "stl"), "of type str: named_problem('gaussian-toy') makes one"),
+        (lambda: measure(vae(), "stl"), "a problem is a Problem(model, x), not of type VAE"),
+        (lambda: measure_all(problem, "stl"), "estimators are a list, ['stl'], not one word"),
+        (
+            lambda: measure(problem, type(parse("stl"))),
+            "an estimator is a word, as in 'dreg:K=8', or one that is built",
+        ),
+        (lambda: Problem(vae(), data(0)), "at least one data point, not of shape (0, 5)"),
+        (lambda: Problem(vae(), torch.tensor(1.0)), "at least one data point, not of shape ()"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            asked()

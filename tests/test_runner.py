@@ -454,7 +454,7 @@ def test_every_field_and_everything_behind_a_number_is_in_the_key(monkeypatch: p
 def test_every_module_that_makes_numbers_is_in_the_key() -> None:
     """Whatever the measurement imports of ours, but what enters the key by what it yields."""
     by_yield = {
-        "bench.atomic", "bench.errors", "bench.machine", "bench.records",  # words and files
+        "bench.atomic", "bench.arguments", "bench.errors", "bench.machine", "bench.records",  # words and files
         "bench.metrics",  # by its versions
         "bench.named", "bench.models.settings", "bench.data",  # by the hash of parameters and data
         "estimators.registry",  # by the word and the class it stands for

@@ -29,6 +29,7 @@ import click
 import torch
 
 from gradiometer.bench import measure
+from gradiometer.bench.arguments import has
 from gradiometer.bench.machine import describe
 from gradiometer.bench.measurement import measure_all
 from gradiometer.bench.timings.baselines import (
@@ -221,10 +222,8 @@ def parts(context: click.Context, option: click.Parameter, words: str) -> Sequen
 
 def there(context: click.Context, option: click.Parameter, device: str) -> str:
     """A device that this machine has."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise click.BadParameter(f"this machine has no device {device!r}") from None
+    if not has(device):
+        raise click.BadParameter(f"this machine has no device {device!r}")
     return device
 
 
