@@ -93,9 +93,16 @@ class Network:
         self.opaque = False  # whether the guide is not known by its parameters, so that every replicate runs its own
         self.called: list[nn.Module] | None = None  # the layers in the order of their calls, once that is known
         self.axes: list[int] = []  # where replicates are, by the number of the call
+        self.overwritten: set[nn.Module] | None = None  # layers whose outputs are changed in place, once that is known
+        self._copies: list[tuple[nn.Module, Tensor]] = []
 
     def find_axes(self, two: Sequence[Call], three: Sequence[Call]) -> None:
-        """Find the replicate axis of every call from the shapes of the same calls for two and for three replicates."""
+        """Find the replicate axis of every call from the shapes of the same calls for two and for three replicates.
+
+        And whose outputs are changed in place, as by ``ReLU(inplace=True)``: from then on, these alone hand out copies.
+        """
+        self.overwritten = {layer for layer, copy in self._copies if copy._version}
+        self._copies.clear()
         self.called = [call.layer for call in two]
         if self.called != [call.layer for call in three]:
             raise NotRows("the calls of its layers change with the number of replicates")
@@ -111,9 +118,12 @@ class Network:
     ) -> Iterator[None]:
         """While open, calls of layers are reported, linear ones are made fast, and free parameters stand aside for `leaves`."""
 
-        def hook(layer: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> None:
+        def hook(layer: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> Tensor:
             (inputs,) = (*given, *named.values())
             record(layer, inputs.detach(), output)
+            if self.overwritten is None:
+                self._copies.append((layer, output := output.clone()))
+            return output.clone() if self.overwritten and layer in self.overwritten else output
 
         handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in self.layers]
         aside: list[tuple[Any, str, Any]] = []

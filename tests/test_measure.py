@@ -298,12 +298,18 @@ class InPlace(Shifted):
         return Independent(Bernoulli(logits=self.decoder(z)), 1).log_prob(x) - 0.5 * z.square().sum(-1)
 
 
+@pytest.mark.parametrize("word", ["iwae:K=2", "rloo:K=2", "sgvb-a", "nvil:K=2"])
 @pytest.mark.parametrize("width", [10, 100])
-def test_layers_that_are_overwritten_are_measured_by_the_loop(width: int) -> None:
-    with pytest.warns(UserWarning, match="one replicate at a time"):
-        m = measure(Problem(InPlace(width), data(3, 20).float()), parse("iwae:K=2"), replicates=8)
-    assert m.engine == "loop"
-    assert np.abs(m.mean["encoder.0.weight"]).max() > 0
+def test_layers_that_are_overwritten_are_measured_in_batches(width: int, word: str) -> None:
+    model, x = scrambled(InPlace(width), seed=3, scale=0.1), data(3, 20)
+    assert apart(*twins(parse(word), model, x, range(14, 19))) < 1e-10
+    problem = Problem(model.float(), x.float())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, other = (measure(problem, parse(word), replicates=8, chunk=chunk, settle=3) for chunk in (8, 3))
+    assert found.engine == "rows"
+    assert np.abs(found.mean["encoder.0.weight"]).max() > 0
+    assert equal(found.mean, other.mean, 1e-5)
 
 
 @pytest.mark.parametrize("word", ["reinforce:K=2", "rloo:K=3", "vimco:K=3", "rws:K=1", "nvil:K=2", "disarm"])
