@@ -297,15 +297,16 @@ class Tape:
         for call, slope in zip(calls, guide.carried(calls, slopes), strict=True):
             if slope is None:
                 continue
-            for factors in call.factors(slope):
-                if factors.inputs.shape[:-2] != call.rows:
+            for of in call.factors(slope):
+                if of.inputs is not None and of.inputs.shape[:-2] != call.rows:
                     raise NotRows(f"a {type(call.layer).__name__} in the guide has no inputs that all replicates share")
-                inputs = factors.inputs.reshape(1, -1, factors.inputs.shape[-1])
-                for owner, rows in zip(owners, factors.cotangents.split(self.R), strict=True):
+                for owner, rows in zip(owners, of.cotangents.split(self.R), strict=True):
                     cotangents = rows.reshape(self.R, -1, rows.shape[-1])
-                    self._add(self.weights, factors.weight, Outer(inputs, cotangents), [[owner]], owner)
-                    if factors.bias is not None:
-                        self._add(self.others, factors.bias, _summed(cotangents), [[owner]], owner)
+                    if of.weight is not None and of.inputs is not None:
+                        inputs = of.inputs.reshape(1, -1, of.inputs.shape[-1])
+                        self._add(self.weights, of.weight, Outer(inputs, cotangents), [[owner]], owner)
+                    if of.bias is not None:
+                        self._add(self.others, of.bias, _summed(cotangents), [[owner]], owner)
 
     def put(
         self,
@@ -318,17 +319,16 @@ class Tape:
         for call, slope in zip(calls, slopes, strict=True):
             if slope is None:
                 continue
-            for factors in call.factors(slope):
-                inputs, cotangents = (
-                    self._replicates_first(call, t, columns) for t in (factors.inputs, factors.cotangents)
-                )
-                alone = owners[0][0] if columns is None else None
-                if columns is not None:
-                    inputs = _weighted(inputs, columns)
-                self._add(self.weights, factors.weight, Outer(inputs, cotangents), owners, alone)
-                if factors.bias is not None:
-                    made = _summed(cotangents) if columns is None else _weighted_sum(factors.cotangents, columns)
-                    self._add(self.others, factors.bias, made, owners, alone)
+            alone = owners[0][0] if columns is None else None
+            for of in call.factors(slope):
+                cotangents = self._replicates_first(call, of.cotangents, columns)
+                if of.weight is not None and of.inputs is not None:
+                    inputs = self._replicates_first(call, of.inputs, columns)
+                    inputs = inputs if columns is None else _weighted(inputs, columns)
+                    self._add(self.weights, of.weight, Outer(inputs, cotangents), owners, alone)
+                if of.bias is not None:
+                    made = _summed(cotangents) if columns is None else _weighted_sum(of.cotangents, columns)
+                    self._add(self.others, of.bias, made, owners, alone)
 
     def put_free(self, name: str, slope: Tensor | None, owners: Sequence[int]) -> None:
         """Add a gradient ``[R, 1, *shape]`` of the copies of a parameter outside layers."""

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,28 +260,101 @@ def test_a_bare_parameter_is_measured_in_batches(word: str) -> None:
     assert np.abs(m.mean["mu"]).max() > 0
 
 
-class Normalized(Shifted):
+class Bent(Shifted):
     """Holds a layer whose gradients are not made from its calls."""
 
-    groups = {"generative": ("norm",), "inference": ("encoder",)}  # noqa: RUF012
+    groups = {"generative": ("bend",), "inference": ("encoder",)}  # noqa: RUF012
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.norm, self.encoder = nn.LayerNorm(2), nn.Linear(2, 2)
+        self.bend, self.encoder = nn.PReLU(), nn.Linear(2, 2)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
-        return -0.5 * (self.norm(z) ** 2 + (x - z) ** 2).sum(-1)
+        return -0.5 * (self.bend(z) ** 2 + (x - z) ** 2).sum(-1)
 
 
 def test_an_unknown_layer_is_measured_by_the_loop_with_one_warning() -> None:
-    problem = Problem(Normalized(), data(3, 2).float())
-    with pytest.warns(UserWarning, match=r"one replicate at a time: parameter 'norm\.weight' .* LayerNorm") as caught:
+    problem = Problem(Bent(), data(3, 2).float())
+    with pytest.warns(UserWarning, match=r"one replicate at a time: parameter 'bend\.weight' .* PReLU") as caught:
         m = measure(problem, parse("stl:K=2"), replicates=8)
     assert len(caught) == 1
     assert m.engine == "loop"
-    assert np.abs(m.mean["norm.weight"]).max() > 0
-    with pytest.raises(NotRows, match="LayerNorm"):
+    assert np.abs(m.mean["bend.weight"]).max() > 0
+    with pytest.raises(NotRows, match="PReLU"):
         measure(problem, parse("stl:K=2"), replicates=8, engine="rows")
+
+
+class Rows(nn.Module):
+    """A layer that knows one batch axis, on all rows there are."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.reshape(-1, *x.shape[-self.layer_axes :])).reshape(x.shape)
+
+    @property
+    def layer_axes(self) -> int:
+        return 3 if isinstance(self.layer, nn.BatchNorm2d | nn.GroupNorm) else 1
+
+
+class CalledTwice(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).tanh())
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "layer": lambda: nn.LayerNorm(8),
+    "layer, no bias": lambda: nn.LayerNorm(8, bias=False),
+    "layer, nothing learned": lambda: nn.LayerNorm(8, elementwise_affine=False),
+    "layer, three axes": lambda: nn.Sequential(nn.Unflatten(-1, (2, 2, 2)), nn.LayerNorm((2, 2, 2)), nn.Flatten(-3)),
+    "batch": lambda: Rows(nn.BatchNorm1d(8)),
+    "batch of images": lambda: nn.Sequential(nn.Unflatten(-1, (2, 2, 2)), Rows(nn.BatchNorm2d(2)), nn.Flatten(-3)),
+    "group": lambda: nn.Sequential(nn.Unflatten(-1, (4, 2, 1)), Rows(nn.GroupNorm(2, 4)), nn.Flatten(-3)),
+    "twice": lambda: CalledTwice(nn.LayerNorm(8)),
+}
+
+
+class Normalized(Shifted):
+    """Normalises what its layers gave, in the model and in the guide."""
+
+    groups = {"generative": ("decoder",), "inference": ("encoder",)}  # noqa: RUF012
+
+    def __init__(self, norm: Callable[[], nn.Module]) -> None:
+        nn.Module.__init__(self)
+        self.encoder = nn.Sequential(nn.Linear(2, 8), norm(), nn.Tanh(), nn.Linear(8, 2))
+        self.decoder = nn.Sequential(nn.Linear(2, 8), norm(), nn.Tanh(), nn.Linear(8, 2))
+        scrambled(self, seed=4)
+        for layer in self.modules():
+            if getattr(layer, "running_mean", None) is not None:
+                layer.running_mean.copy_(torch.linspace(-0.3, 0.2, layer.num_features))
+                layer.running_var.copy_(torch.linspace(0.5, 2, layer.num_features))
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        return -0.5 * (z**2 + (x - self.decoder(z)) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("word", ["sgvb-a:K=2", "rloo:K=3", "iwae:K=1", "dreg:K=3", "nvil:K=2"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_are_measured_in_batches(norm: str, word: str) -> None:
+    model, x = Normalized(NORMS[norm]).double().eval(), data(3, 2)
+    batched, singles = twins(parse(word), model, x, range(14, 19))
+    assert apart(batched, singles) < 1e-10
+    assert all(g.abs().max() > 1e-3 for g in batched.gradients.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measure(Problem(model, x), parse(word), replicates=8, settle=3).engine == "rows"
+
+
+def test_norms_by_the_statistics_of_a_batch_are_measured_by_the_loop() -> None:
+    model = Normalized(lambda: Rows(nn.BatchNorm1d(8, track_running_stats=False)))
+    with pytest.warns(UserWarning, match=r"one replicate at a time: .* BatchNorm1d"):
+        assert measure(Problem(model, data(3, 2).float()), parse("stl:K=2"), replicates=8).engine == "loop"
 
 
 class InPlace(Shifted):
