@@ -197,19 +197,26 @@ def _line(axes: Any, line: pd.DataFrame, look: Look) -> Any:
 
 
 def _slopes(axes: Any, of_group: pd.DataFrame) -> None:
-    """Guides of slope 1/2 and -1/2 through the middle of the data."""
+    """Guides of slope 1/2 and -1/2 through the middle of the data, each named at the end that is farther from them."""
     left, right = float(of_group["K"].min()), float(of_group["K"].max())
     low, high = axes.get_ylim()
     middle = math.exp(np.log(of_group["value"]).mean())
+
+    def room(end: tuple[float, float]) -> float:
+        return float(np.abs(np.log(of_group.loc[of_group["K"] == end[0], "value"] / end[1])).min())
+
     for slope, word in ((0.5, "∝ K$^{1/2}$"), (-0.5, "∝ K$^{-1/2}$")):
-        ends = [middle * (K / math.sqrt(left * right)) ** slope for K in (left, right)]
-        axes.plot([left, right], ends, color="0.45", linewidth=0.9, linestyle=":", zorder=1, scaley=False)
-        if low < ends[0] < high:
+        ends = [(K, middle * (K / math.sqrt(left * right)) ** slope) for K in (left, right)]
+        axes.plot(*zip(*ends, strict=True), color="0.45", linewidth=0.9, linestyle=":", zorder=1, scaley=False)
+        if seen := [end for end in ends if low < end[1] < high]:
+            at = max(seen, key=room)
+            begins = at[0] == left
             axes.annotate(
                 word,
-                (left, ends[0]),
-                (2, -10 if slope > 0 else 4),
+                at,
+                (2 if begins else -2, -10 if begins == (slope > 0) else 4),
                 textcoords="offset points",
+                ha="left" if begins else "right",
                 fontsize=7,
                 color="0.35",
             )
