@@ -78,6 +78,8 @@ def by_snapshot(found: pd.DataFrame, metric: str, model: str, look: Mapping[str,
     caption = f"{_READ[metric]} Bars are 95 % intervals (often smaller than the marker)."
     if len(snapshots) > 1:
         caption += f" Snapshots: {', '.join(snapshots)}, from hollow to filled. Best at @{snapshots[-1]} first."
+    if metric == "variance" and found["ascends"].nunique() > 1:
+        caption += " Gradients of different objectives, or of different K of the K-sample bound, do not compete here."
     caption += f" What few estimators have ({', '.join(few)} parameters) is in the tables." if few else ""
     caption += canvas.legend_of(signs, found)
     return Plot(f"{metric}-{model}", title, caption, figure)

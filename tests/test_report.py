@@ -299,6 +299,13 @@ def test_only_series_with_three_k_are_drawn_against_k(rows: pd.DataFrame) -> Non
         assert line["K"].tolist() == list(synthetic.TOY_K)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_variance_of_several_objectives_is_said_not_to_compete(few: pd.DataFrame, several: bool) -> None:
+    made = plots.plots(few.assign(ascends=few["family"] if several else "elbo"))
+    for plot in made:
+        assert ("do not compete" in plot.caption) == (several and plot.name.startswith("variance-digits"))
+
+
 def test_groups_of_few_estimators_get_no_panel(few: pd.DataFrame) -> None:
     own = few[(few["estimator"] == "nvi:levels=4,K=8") & (few["group"] == "inference")].assign(group="kernels")
     found = figures.by_snapshot(pd.concat([few, own]), "variance")
