@@ -368,7 +368,7 @@ def add_rows(sums: Tensor, values: Tensor, pieces: Sequence[Piece]) -> None:
     """Add the values ``[r, *n]`` of replicates to the sums ``[S, *n]`` of the shards that adjacent pieces belong to."""
     if len(pieces) > 1 and values.device.type == "cpu":  # elsewhere the order of this sum is left to chance
         shards = torch.repeat_interleave(
-            torch.tensor([p.shard for p in pieces]), torch.tensor([len(p) for p in pieces])
+            *(torch.tensor(of, device="cpu") for of in ([p.shard for p in pieces], [len(p) for p in pieces]))
         )
         sums += torch.zeros_like(sums).index_add_(0, shards, values.contiguous())
     else:

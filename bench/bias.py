@@ -96,10 +96,7 @@ class DifferenceOfWeights(_OfTwo, Weighted):
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         a, b = (e.coefficients(signal) for e, signal in zip(self._both(), log_w, strict=True))
-        columns = Coefficients(a.generative - b.generative, _less(a.pathwise, b.pathwise), _less(a.score, b.score))
-        if columns.pathwise is None and "rsample" in self.facts.needs:  # draws carry a gradient, and it must not count
-            return Coefficients(columns.generative, torch.zeros_like(a.generative), columns.score)
-        return columns
+        return Coefficients(a.generative - b.generative, _less(a.pathwise, b.pathwise), _less(a.score, b.score))
 
     def _both(self) -> tuple[Weighted, Weighted]:
         assert isinstance(self.estimator, Weighted)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import hashlib
-import importlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,9 +22,9 @@ from gradiometer.bench.machine import processor
 from gradiometer.bench.measured import row_of
 from gradiometer.bench.measurement import Engine, measure_all
 from gradiometer.bench.metrics import METRICS
-from gradiometer.bench.named import digest, fresh, held_out_of, named_problem
-from gradiometer.bench.problems import Problem, reason_to_skip
-from gradiometer.bench.records import code_of, docstrings, modules_of, passed
+from gradiometer.bench.named import fresh, held_out_of, named_problem
+from gradiometer.bench.problems import Problem, digest, reason_to_skip
+from gradiometer.bench.records import FLOORS, code_of, modules_of, passed, source_of
 from gradiometer.bench.replicates import MEMORY
 from gradiometer.bench.statistics import jackknife
 from gradiometer.bench.training import SETTLE, Recipe, train
@@ -37,7 +33,6 @@ from gradiometer.estimators.registry import parse
 from gradiometer.estimators.weights import log_mean_exp
 
 # What can change a number: these modules, the estimator's own and what its words name. Comments do not count.
-FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
 HARNESS = (
     "bench.formulas", "bench.gradients", "bench.products", "bench.outer", "bench.calls", "bench.tape", "bench.batched",
     "bench.moments", "bench.accumulators", "bench.folding", "bench.subject", "bench.objections", "bench.replicates", "bench.bias",
@@ -47,6 +42,13 @@ HARNESS = (
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EVALUATION_PARTICLES = 64
+READ_BY = {  # fields that one kind of cell reads, and no other
+    "gradient": (
+        "replicates", "reference", "engine", "metrics", "precision", "budget", "memory", "settle", "tensors", "minibatches",
+    ),
+    "cost": ("seconds",),
+    "training": ("steps", "every", "learning_rate"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ class Cell:
     @functools.cached_property
     def key(self) -> str:
         """The hash of everything that can change the cell's numbers."""
-        decided: dict[str, Any] = {"cell": asdict(self), "torch": torch.__version__}
+        unread = {name for kind, names in READ_BY.items() if kind != self.kind for name in names}
+        fields = {name: value for name, value in asdict(self).items() if name not in unread}
+        decided: dict[str, Any] = {"cell": fields, "torch": torch.__version__}
         words = [self.estimator, self.reference]
         if parse(self.estimator).facts.biased:  # and so compared with one of these
             words += [word for names in TRUSTED.values() for word in names]
         classes = [type(parse(word)) for word in words if word]
         harness = [f"gradiometer.{name}" for name in (*FLOORS, *HARNESS)]
-        decided["sources"] = [_source(module) for module in (*harness, *modules_of(classes))]
+        decided["sources"] = [source_of(module) for module in (*harness, *modules_of(classes))]
         decided["metrics"] = {name: metric.version for name, metric in METRICS.items()}
         if self.lacking:
             decided["problem"] = self.lacking
@@ -107,7 +111,8 @@ class Cell:
         if self.minibatches and not self.lacking:
             decided["minibatches"] = _drawn(self.problem, self.batch, self.minibatches, self.seed)
         if self.kind in ("cost", "training"):  # seconds belong to a machine
-            decided["machine"] = processor()
+            gpu = self.device.startswith("cuda")
+            decided["machine"] = torch.cuda.get_device_name(self.device) if gpu else processor()
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -292,15 +297,3 @@ def _over_data(values: Tensor) -> Any:
     total, count = values.double().sum(), len(values)
     without = [float((total - part.sum()) / (count - len(part))) for part in parts]
     return jackknife(float(total / count), without, positive=False)
-
-
-@functools.cache
-def _source(module: str) -> str:
-    """A hash of a module's code: comments, docstrings and layout left out."""
-    importlib.import_module(module)
-    path = sys.modules[module].__file__
-    assert path is not None
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    for string in list(docstrings(tree)):
-        string.value = ast.Constant("")  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -57,7 +58,10 @@ def cost(
     with FlopCounterMode(display=False) as counter:
         step()
     operations = counter.get_total_flops()
-    times = _seconds(step, threads, seconds)
+    with (
+        torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+    ):  # the timer waits for the current one
+        times = _seconds(step, threads, seconds)
     per_gradient = _median(times)
     return {
         "evaluations": exact(evaluations),

@@ -41,7 +41,7 @@ class Measurement:
         projections: per group and shard of the second half, ``g.u`` and ``|g|^2`` of each replicate.
         samples: per quantity and shard, its value in each replicate.
         evaluations: of the joint, per data point and gradient, with those that control variates learn by.
-        units: active units and how many there are, or None where the problem holds no data for them.
+        active_units: how many, or None where the problem holds no data for them.
         engine, chunk: how it was computed.
         note: what went otherwise than planned.
         precision_met: whether the variances are as precise as asked, if that was asked.

@@ -167,7 +167,6 @@ def named_problem(word: str, batch: int = 20) -> Problem:
         about = {"model": parts.name, "dataset": dataset.name, "snapshot": parts.snapshot}
     if len(x) < batch:
         raise RequestError(f"{parts.name} has {len(x)} data points, fewer than a batch of {batch}")
-    about["digest"] = digest(model, x, held_out)
     minibatch = partial(_drawn, take, size, batch) if size > 1 else None
     return Problem(model, x, word, held_out, about, minibatch)
 
@@ -249,13 +248,3 @@ def _publish(path: Path, tensors: dict[str, Tensor]) -> None:
         raise RequestError(
             f"the snapshot {path} cannot be written ({error.strerror}); XDG_CACHE_HOME moves the cache"
         ) from None
-
-
-def digest(model: nn.Module, x: Tensor, held_out: Tensor | None = None) -> str:
-    """The hash of everything a measurement reads of a problem."""
-    found = hashlib.sha256()
-    for name, tensor in [*sorted(model.state_dict().items()), ("x", x), ("held_out", held_out)]:
-        found.update(name.encode())
-        if tensor is not None:
-            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +25,12 @@ class Problem:
         x: the minibatch ``[B, ...]``, already binarised.
         name: as typed, ``digits-vae@late``.
         held_out: data on which active units are counted.
-        about: columns of the rows: model, dataset, snapshot, digest.
+        about: columns of the rows: model, dataset, snapshot. Their digest, of parameters and data, is added.
         minibatch: draws another minibatch like `x` from the training data, with all of its randomness from the generator; None
             where there is no other.
 
     Raises:
-        ValueError: the model or the minibatch is none.
+        ValueError: a model or a minibatch that cannot be measured.
     """
 
     model: Any
@@ -40,16 +41,21 @@ class Problem:
     minibatch: Callable[[torch.Generator], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        kind = type(self.model).__name__
         if lacking := [name for name in ("guide", "log_joint", "groups") if not hasattr(self.model, name)]:
-            raise ValueError(f"{type(self.model).__name__} is no latent-variable model: it has no {lacking[0]}")
+            raise ValueError(f"{kind} is no latent-variable model: it has no {lacking[0]}")
+        if not isinstance(self.model, nn.Module) or not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                f"{kind} has no parameters to take gradients of: a model is an nn.Module that is not frozen"
+            )
         if not isinstance(self.x, Tensor):
             raise ValueError(f"x is a tensor [B, ...], not of type {type(self.x).__name__}")
         if self.x.dim() == 0 or len(self.x) == 0:
             raise ValueError(
                 f"x is a minibatch [B, ...] of at least one data point, not of shape {tuple(self.x.shape)}"
             )
-        if isinstance(self.model, nn.Module):
-            object.__setattr__(self, "model", copy.deepcopy(self.model).eval())
+        object.__setattr__(self, "model", copy.deepcopy(self.model).eval())
+        object.__setattr__(self, "about", self.about | {"digest": digest(self.model, self.x, self.held_out)})
 
     def lacks(self, estimator: Estimator) -> list[str]:
         """The capabilities that `estimator` needs and this problem does not offer."""
@@ -57,6 +63,17 @@ class Problem:
         return [need for need in estimator.facts.needs if need not in offered]
 
 
+def digest(model: nn.Module, x: Tensor, held_out: Tensor | None = None) -> str:
+    """The hash of everything a measurement reads of a problem."""
+    found = hashlib.sha256()
+    for name, tensor in [*sorted(model.state_dict().items()), ("x", x), ("held_out", held_out)]:
+        found.update(name.encode())
+        if tensor is not None:
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+DRAWS = 64  # of which the posterior means of several layers are averages
 ADVICE = {
     "rsample": "needs a reparameterisable guide; try rloo or vimco",
     "kl": "needs a divergence from prior to guide in closed form; try sgvb-a or stl",
@@ -79,12 +96,19 @@ def reason_to_skip(problem: Problem, estimator: Estimator) -> str | None:
 
 
 def active_units(model: Any, x: Tensor) -> int:
-    """Latents whose posterior mean has a variance over the data `x` above 0.01 (Burda et al. 2016)."""
+    """Latents whose posterior mean has a variance over the data `x` above 0.01 (Burda et al. 2016).
+
+    The means of a guide of several layers are averages over draws, whose own variance is taken out; a latent of several classes
+    is active if the probability of one of them is.
+    """
     like = next(model.parameters())
+    noise: Tensor | float = 0.0
     with torch.no_grad():
         guide = model.guide(x.to(like))
         try:
             means = guide.mean
         except NotImplementedError:
-            means = Rng(0, 0, "units", like.device, block=1).sample(guide, 64).mean(0)
-    return int((means.var(0) > 0.01).sum())
+            draws = Rng(0, 0, "units", like.device, block=1).sample(guide, DRAWS)
+            means, noise = draws.mean(0), draws.var(0).mean(0) / DRAWS
+    active = means.var(0) - noise > 0.01  # [D], or [D, classes]
+    return int((active.any(-1) if active.dim() > 1 else active).sum())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gradiometer.estimators.base import Estimator
 
 SHIPPED = Path(__file__).parent / "checks" / "passed.json"  # of the catalogue: {series: {"code": ...}}
-FLOORS = ("noise", "weights", "base")
+FLOORS = ("estimators.noise", "estimators.weights", "estimators.base")
 
 
 def series_of(word: str) -> str:
@@ -43,11 +43,10 @@ def series_of(word: str) -> str:
 def code_of(estimator: Estimator) -> str:
     """A hash of the estimator's module, of those it inherits from and of the floors below, of their `code_alone`.
 
-    Of the text, and not of the syntax tree as a cell's key has it: a tree's dump differs between versions of Python, and what is
-    shipped as passed is for all of them.
+    Of the text, and not of the syntax tree: a tree's dump differs between versions of Python.
     """
-    floors = [f"gradiometer.estimators.{name}" for name in FLOORS]
-    parts = [_source(module) for module in dict.fromkeys([*modules_of([type(estimator)]), *floors])]
+    floors = [f"gradiometer.{name}" for name in FLOORS]
+    parts = [source_of(module) for module in dict.fromkeys([*modules_of([type(estimator)]), *floors])]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:12]
 
 
@@ -110,7 +109,8 @@ def _shipped() -> dict[str, dict[str, Any]]:
 
 
 @functools.cache
-def _source(module: str) -> str:
+def source_of(module: str) -> str:
+    """Its `code_alone`."""
     importlib.import_module(module)
     path = sys.modules[module].__file__
     assert path is not None

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired
 
 from gradiometer.bench import machine, store
 from gradiometer.bench.cells import Cell, attempt_together
+from gradiometer.bench.workers import pool, spared_by_interrupts
 from gradiometer.estimators.registry import load_plugin
 
 TIMED = ("cost", "training")  # kinds whose rows hold seconds: never beside another cell
@@ -108,16 +106,16 @@ def _run_groups(
 ) -> list[Group]:
     """Run groups side by side; returns the cells, each alone, of those whose process died or took too long."""
     workers = min(workers, -(-len(groups) // len(devices)))
-    pools = [ProcessPool(workers, context=get_context("spawn"), initializer=_start, initargs=(d,)) for d in devices]
     again: list[Group] = []
-    try:
-        with _spared_by_interrupts():
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(pool(workers, take, device)) for device in devices]
+        with spared_by_interrupts():
             pending: dict[Future[list[Outcome]], Group] = {}
             for number, group in enumerate(groups):
-                pool, limit = pools[number % len(pools)], sum(limit for _, limit in group)
-                cells = [cell for cell, _ in group]
-                pending[pool.schedule(_work, args=(cells, folder, list(plugins)), timeout=limit)] = group
-        for future in _as_completed(list(pending)):
+                limit, cells = sum(limit for _, limit in group), [cell for cell, _ in group]
+                at = pools[number % len(pools)]
+                pending[at.schedule(_work, args=(cells, folder, list(plugins)), timeout=limit)] = group
+        for future in as_completed(pending):
             group, error = pending[future], future.exception()
             if error is None:
                 for outcome in future.result():
@@ -126,36 +124,7 @@ def _run_groups(
                 again += [[one] for one in group]
             else:
                 tell(_failure(error, *group[0], folder))
-        for pool in pools:
-            pool.close()
-    except BaseException:
-        for pool in pools:
-            pool.stop()
-        raise
-    finally:
-        for pool in pools:
-            pool.join()
     return again
-
-
-@contextlib.contextmanager
-def _spared_by_interrupts() -> Iterator[None]:
-    """Processes that start here ignore Ctrl-C from their first moment, without a traceback while they import."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _as_completed(futures: list[Future[list[Outcome]]]) -> Iterator[Future[list[Outcome]]]:
-    left = set(futures)
-    while left:
-        done, left = wait(left, timeout=0.5, return_when="FIRST_COMPLETED")
-        yield from done
 
 
 def _failure(error: BaseException, cell: Cell, limit: float, folder: Path) -> Outcome:
@@ -174,20 +143,12 @@ def _failure(error: BaseException, cell: Cell, limit: float, folder: Path) -> Ou
     return Outcome(cell, "failed", reason)
 
 
-def _start(device: str) -> None:
-    """In a fresh worker: take a device, leave Ctrl-C to the parent, and end when it is gone, however it went."""
-    if device.startswith("cuda"):
+def take(device: str) -> None:
+    """Let what follows in this process run on a graphics processor, where one is named by its number."""
+    if device.startswith("cuda:"):
         import torch
 
         torch.cuda.set_device(torch.device(device))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def end_with_parent() -> None:
-        if (parent := parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _work(cells: list[Cell], folder: Path, plugins: list[str]) -> list[Outcome]:

@@ -138,8 +138,10 @@ class GradientBlock(Block):
     def _makes_sense(self) -> GradientBlock:
         if self.budget is not None and self.precision is None:
             raise ValueError("a budget is what a precision may take: give precision, too")
-        if self.budget is not None and self.budget < self.measured:
-            raise ValueError(f"a budget of {self.budget} is less than the {self.measured} replicates measured at first")
+        if self.budget is not None and self.budget < self.replicates_at_first:
+            raise ValueError(
+                f"a budget of {self.budget} is less than the {self.replicates_at_first} replicates measured at first"
+            )
         if self.engine == "ghost" and (lacking := [name for name in self.metrics if name in OF_COORDINATES]):
             raise ValueError(f"the engine ghost keeps squared norms, which do not tell {lacking[0]}")
         if elsewhere := [name for name in self.metrics if name in COST or name.startswith("test_")]:
@@ -152,8 +154,8 @@ class GradientBlock(Block):
         return self
 
     @property
-    def measured(self) -> int:
-        """Replicates at first, of each minibatch where there are several."""
+    def replicates_at_first(self) -> int:
+        """Of each minibatch where there are several."""
         return self.replicates or replicates_of(self.minibatches)
 
 
@@ -215,7 +217,7 @@ class Suite(BaseModel):
         shared: dict[str, Any] = {"device": device, "threads": self.threads}
         for g in self.gradient:
             of: dict[str, Any] = {
-                "replicates": g.measured,
+                "replicates": g.replicates_at_first,
                 "minibatches": g.minibatches or 0,
                 "tensors": g.tensors,
                 "reference": g.reference,

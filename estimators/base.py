@@ -6,10 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from gradiometer.estimators.noise import Rng
 from gradiometer.estimators.weights import log_mean_exp
@@ -20,16 +19,6 @@ OBJECTIVES = MappingProxyType(
         "iwelbo": log_mean_exp,  # [*batch]
     }
 )
-
-
-class Model(Protocol):
-    """What an estimator sees of a model: densities, and nothing of parameters, batches or replicates."""
-
-    def guide(self, x: Tensor) -> Distribution:
-        """``q(z|x)``, with batch shape ``[*batch]``."""
-
-    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
-        """``log p(x, z)``, ``[K, *batch]`` (``[*batch]`` for a ``z`` without particles)."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +166,11 @@ class Estimator(ABC):
     def ascends(self, group: str) -> str:
         """The objective of a group's gradient with all that it depends on: those that share it have one mean, but for bias.
 
-        The ELBO depends on nothing; of one particle, the K-sample bound is the ELBO. Where an estimator draws by networks of its
-        own, which its objectives name, its bounds are its own, too.
+        The ELBO and the inclusive divergence depend on nothing; of one particle, the K-sample bound is the ELBO. Where an estimator
+        draws by networks of its own, which its objectives name, its bounds are its own, too.
         """
         name = self.facts.objective_of(group)
-        if name in ("", "elbo"):
+        if name in ("", "elbo", "inclusive KL"):
             return name
         if self.facts.named - {"generative", "inference"}:
             return f"{name} of {self}"
@@ -210,7 +199,7 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Weighted(Estimator):
-    """An estimator given by three columns of weights, functions of the detached log weights alone:
+    """An estimator given by three columns of weights, functions of the detached `signal`, which is the log weights by itself:
 
     g_generative = sum_k a_k grad_theta log p(x, z_k)
     g_inference  = sum_k b_k (dz_k/dphi)^T grad_z [log p(x, z_k) - log q(z_k|x)] + c_k grad_phi log q(z_k|x) (z_k held fixed)
@@ -246,15 +235,14 @@ class Weighted(Estimator):
             raise ValueError(
                 f"{self} has a pathwise column but draws without a gradient: add 'rsample' to the needs of its facts"
             )
+        held = q.log_prob(z.detach()) if pathwise else log_q
+        inference = (0.0 if c is None else c) * held
+        if (
+            b is not None
+        ):  # log q(z) also holds phi directly; b log q(stop(z)) takes that out again, exactly, for any distribution
+            inference = inference + b * (log_p - log_q + held)
         # The generative term is differentiated by theta alone, so z need not be detached in it.
-        terms = {"generative": (a * log_p).sum(0), "inference": 0.0 * log_q.sum(0)}
-        if b is None:
-            if c is not None:
-                terms["inference"] = (c * log_q).sum(0)
-        else:
-            # log q(z) also holds phi directly; b log q(stop(z)) takes that part out again, exactly, for any distribution.
-            held = b if c is None else b + c
-            terms["inference"] = (b * (log_p - log_q) + held * q.log_prob(z.detach())).sum(0)
+        terms = {"generative": (a * log_p).sum(0), "inference": inference.sum(0)}
         return Surrogate(terms, log_w, self.observe(log_w, x, state), learn=lambda: self.learn(log_w, x, state))
 
 

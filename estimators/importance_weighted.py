@@ -139,6 +139,8 @@ class VR(Weighted):
         super().__post_init__()
         if not math.isfinite(self.alpha):
             raise ValueError(f"vr needs a finite alpha, not alpha={self.alpha}")
+        if self.alpha == 0 or self.alpha == 1 or self.K == 1:
+            self._claim(objective="iwelbo" if self.alpha == 0 else "elbo")
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         v = normalized((1 - self.alpha) * log_w)
@@ -173,6 +175,8 @@ class CIWAE(Weighted):
         super().__post_init__()
         if not 0 <= self.beta <= 1:
             raise ValueError(f"ciwae needs 0 <= beta <= 1, not beta={self.beta}")
+        if self.beta == 0 or self.beta == 1 or self.K == 1:
+            self._claim(objective="iwelbo" if self.beta == 0 else "elbo")
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         m = self.beta / self.K + (1 - self.beta) * normalized(log_w)

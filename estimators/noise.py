@@ -7,6 +7,7 @@ and a chunk takes the rows it needs from the blocks it touches.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical, Uniform
+from torch.distributions import Bernoulli, Distribution, Independent, Normal, OneHotCategorical, Transform, Uniform
 
 BLOCK = 16  # replicates that share one generator; part of what a seed means, so a change of it changes every number
 
@@ -140,7 +141,7 @@ class Rng:
                 return rows
         # From pinned memory a copy waits for nothing: a graphics processor works while the next noise is made.
         pinned = self.device.type == "cuda"
-        rows = torch.empty(len(blocks) * self.block, *inner, dtype=torch.float32, pin_memory=pinned)
+        rows = torch.empty(len(blocks) * self.block, *inner, dtype=torch.float32, device="cpu", pin_memory=pinned)
         for i, block in enumerate(blocks):
             fill(rows[i * self.block :][: self.block], self._generator(block))
         if self._held is not None and len(blocks) == 1:
@@ -161,7 +162,7 @@ class Rng:
         indices = [self.replicates] if isinstance(self.replicates, int) else list(self.replicates)
         if not single:
             self._must_have_replicates(q.batch_shape + q.event_shape, len(q.batch_shape) - 2)
-        here = q if self.device.type == "cpu" else rebuilt(q, Tensor.cpu)
+        here = q if self.device.type == "cpu" else moved(q, torch.device("cpu"))
         for row, replicate in enumerate(indices):
             with seeded(self._key(-1 - replicate)):
                 part = here if single else rebuilt(here, partial(torch.select, dim=len(q.batch_shape) - 2, index=row))
@@ -169,14 +170,17 @@ class Rng:
                 draws.append(part.rsample(shape) if differentiable else part.sample(shape))
         self._ordinal += 1
         axis = len(q.batch_shape) - 2 + (particles is not None)
-        return (draws[0] if single else torch.stack(draws, axis)).to(self.device)
+        return (draws[0] if single else torch.stack(draws, axis)).to(self.device, non_blocking=True)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """While open, torch's global generators start from a seed; afterwards they go on as if nothing had been drawn."""
-    with torch.random.fork_rng(graphics_processors()):
-        torch.manual_seed(seed)
+    gpus = graphics_processors()
+    with torch.random.fork_rng(gpus, device_type="cuda"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed what CUDA starts with, later
+        if gpus:
+            torch.cuda.manual_seed_all(seed)
         yield
 
 
@@ -200,6 +204,19 @@ def _dtype(q: Distribution) -> torch.dtype:
     if isinstance(named := getattr(q, "dtype", None), torch.dtype):  # an ancestral distribution may have no mean
         return named
     return q.mean.dtype
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same distribution, whatever it was built with, of tensors on a device; what else a distribution holds stays."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (list, tuple):
+        return type(value)(moved(part, device) for part in value)
+    if isinstance(value, Distribution | Transform):
+        made = copy.copy(value)
+        made.__dict__.update({name: moved(part, device) for name, part in vars(value).items()})
+        return made
+    return value
 
 
 def rebuilt(q: Distribution, change: Callable[[Tensor], Tensor]) -> Distribution:

@@ -11,8 +11,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import ModuleType, NoneType, UnionType
+from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gradiometer.estimators.base import Estimator
 
@@ -128,11 +128,15 @@ def configured(cls: type[T], name: str, settings: str) -> T:
 
 
 def _convert(text: str, kind: object, what: str) -> object:
+    if get_origin(kind) in (Union, UnionType):
+        if text == "None" and NoneType in get_args(kind):
+            return None
+        kind = next(of for of in get_args(kind) if of is not NoneType)
     if get_origin(kind) is Literal:
-        choices = [str(choice) for choice in get_args(kind)]
+        choices = {str(choice): choice for choice in get_args(kind)}
         if text not in choices:
             raise ValueError(f"{what} should be one of {', '.join(choices)}, not {text!r}")
-        return text
+        return choices[text]
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{what} should be true or false, not {text!r}")
@@ -144,6 +148,8 @@ def _convert(text: str, kind: object, what: str) -> object:
             raise ValueError(
                 f"{what} should be {'a whole number' if kind is int else 'a number'}, not {text!r}"
             ) from None
+    if kind is not str:
+        raise ValueError(f"{what} cannot be given in a word, only in Python")
     return text
 
 

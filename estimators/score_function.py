@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, full_like, nn
 
 from gradiometer.estimators.base import Average, Coefficients, Facts, State, Weighted
@@ -79,8 +80,8 @@ class NVIL(Weighted):
 
     def signal(self, log_w: Tensor, x: Tensor, state: State) -> Tensor:
         m, square = state.tracked["signal"].value, state.tracked["square"].value
-        v = square - m**2
-        return (self._less_baseline(log_w, x, state).detach() - m) / max(1.0, v) ** 0.5
+        v = torch.as_tensor(square - m**2)
+        return (self._less_baseline(log_w, x, state).detach() - m) / v.clamp(min=1.0).sqrt()
 
     def observe(self, log_w: Tensor, x: Tensor, state: State) -> Mapping[str, Tensor]:
         signal = self._less_baseline(log_w, x, state).detach()

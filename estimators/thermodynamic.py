@@ -48,7 +48,7 @@ class TVO(Weighted):
         if not 0 < self.beta1 < 1:
             raise ValueError(f"tvo needs 0 < beta1 < 1, not beta1={self.beta1}")
         if self.partitions == 1:  # weights are equal, so nothing is self-normalised
-            self._claim(biased=(), consistent=())
+            self._claim(objective="elbo", biased=(), consistent=())
 
     def coefficients(self, log_w: Tensor) -> Coefficients:
         correction = self.K / (self.K - 1)  # the mean holds the particle's own signal; exact at beta = 0

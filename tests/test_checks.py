@@ -442,7 +442,7 @@ def test_a_changed_estimator_has_not_passed(tmp_path: Path, monkeypatch: pytest.
     assert records.passed("dreg:K=64", code)
     assert not records.passed("iwae", records.code_of(parse("iwae")))
     with monkeypatch.context() as patch:
-        patch.setattr(records, "_source", lambda module: f"changed {module}")
+        patch.setattr(records, "source_of", lambda module: f"changed {module}")
         assert not records.passed("dreg", records.code_of(parse("dreg")))
     records.keep("dreg", code, False)
     assert not records.passed("dreg:K=4", code)

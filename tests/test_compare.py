@@ -20,6 +20,7 @@ from gradiometer.bench.errors import RequestError
 from gradiometer.bench.models.toys import BernoulliToy, GaussianToy
 from gradiometer.bench.statistics import Value, jackknife
 from gradiometer.bench.terminal import verdicts
+from gradiometer.estimators.noise import seeded
 
 SHARDS = 16
 
@@ -452,7 +453,8 @@ def test_shards_of_the_same_noise_tell_errors_apart_where_intervals_overlap() ->
     assert front({"a": one, "b": one}, dict(zip("ab", bare, strict=True))) == {"a", "b"}
 
 
-TOY = Problem(GaussianToy(units=2), torch.ones(3, 2), name="toy")
+with seeded(0):
+    TOY = Problem(GaussianToy(units=2), torch.ones(3, 2), name="toy")
 
 
 def test_variances_of_two_objectives_say_nothing_of_replicates() -> None:
@@ -464,6 +466,15 @@ def test_variances_of_two_objectives_say_nothing_of_replicates() -> None:
     assert "stl:K=4 ascends elbo and dreg:K=4 iwelbo:K=4: compare ratios of signal to noise" in verdicts["stl:K=4"]
     assert "the replicates of dreg:K=4 for the same error" in verdicts["iwae:K=4"]
     assert "ascends" not in verdicts["iwae:K=4"]
+
+
+def test_other_parameters_and_data_of_python_are_not_compared() -> None:
+    with seeded(1):
+        other = GaussianToy(units=2)
+    for changed in (Problem(other, TOY.x, name="toy"), Problem(TOY.model, 2 * TOY.x, name="toy")):
+        rows = [*measure(TOY, "iwae:K=4", replicates=64).rows(), *measure(changed, "dreg:K=4", replicates=64).rows()]
+        with pytest.raises(RequestError, match=r"other parameters|data"):
+            ratios(store.frame(rows), "variance", "iwae:K=4")
 
 
 def test_what_learns_beside_is_of_one_memory() -> None:

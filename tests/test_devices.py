@@ -3,6 +3,7 @@
 `away` stands for a graphics processor on machines that have none; where there is one, it is tested, too.
 """
 
+import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -13,7 +14,15 @@ import torch
 from engine import WORDS, Convolutional, Shifted, data, home
 from oracles import scrambled
 from torch import Tensor, nn
-from torch.distributions import Independent, Laplace
+from torch.distributions import (
+    AffineTransform,
+    Distribution,
+    Independent,
+    Laplace,
+    Multinomial,
+    Normal,
+    TransformedDistribution,
+)
 
 from gradiometer.bench import Problem, measure
 from gradiometer.bench.cells import Cell, attempt_together
@@ -22,6 +31,7 @@ from gradiometer.bench.decomposition import decompose
 from gradiometer.bench.measurement import measure_all
 from gradiometer.bench.named import named_problem
 from gradiometer.bench.problems import reason_to_skip
+from gradiometer.estimators.noise import seeded
 from gradiometer.estimators.registry import parse
 
 DEVICES = [away.NAME] * away.KNOWN_TO_TORCH + ["cuda"] * torch.cuda.is_available()
@@ -62,20 +72,46 @@ def test_every_estimator(word: str, engine: str, device: str) -> None:
 class Heavy(Shifted):
     """A guide of a family that torch draws."""
 
-    def guide(self, x: Tensor) -> Independent:
+    def guide(self, x: Tensor) -> Distribution:
         return Independent(Laplace(self.encoder(x), torch.ones_like(x)), 1)
+
+
+class Counts(Shifted):
+    """A family with a setting that is no tensor."""
+
+    def guide(self, x: Tensor) -> Distribution:
+        return Multinomial(3, logits=self.encoder(x))
+
+
+class Bent(Shifted):
+    """A family made of another one and transforms with tensors of their own."""
+
+    def guide(self, x: Tensor) -> Distribution:
+        shift = AffineTransform(torch.ones_like(x), 2.0)
+        return Independent(TransformedDistribution(Normal(self.encoder(x), torch.ones_like(x)), [shift]), 1)
 
 
 @device
 @pytest.mark.parametrize("engine", ["auto", "loop"])
-def test_families_that_torch_draws_see_the_noise_of_the_processor(engine: str, device: str) -> None:
-    problem = Problem(Heavy(), data(3, 2))
-    with away.draws() as drawn:
-        there, here = (
-            measure(problem, "dreg:K=3", replicates=40, engine=engine, device=d, **EXACT) for d in (device, "cpu")
-        )
+@pytest.mark.parametrize(("model", "word"), [(Heavy, "dreg:K=3"), (Counts, "rloo:K=3"), (Bent, "iwae:K=3")])
+def test_families_that_torch_draws_see_the_noise_of_the_processor(
+    model: type[Shifted], word: str, engine: str, device: str
+) -> None:
+    problem = Problem(model(), data(3, 2))
+    with warnings.catch_warnings(), away.draws() as drawn:
+        warnings.simplefilter("ignore", UserWarning)  # of the loop that some of them take
+        there, here = (measure(problem, word, replicates=40, engine=engine, device=d, **EXACT) for d in (device, "cpu"))
     agree(there, here)
     assert not drawn
+    assert here.metrics("inference")["variance"].value > 0
+
+
+def test_what_cuda_will_start_with_is_left_alone() -> None:
+    torch.manual_seed(5)
+    before = list(torch.cuda._lazy_seed_tracker.get_calls())
+    with seeded(7):
+        torch.rand(1)
+    assert torch.cuda._lazy_seed_tracker.get_calls() == before
 
 
 @device

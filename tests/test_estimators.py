@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -1067,3 +1068,43 @@ def test_the_printed_word_stands_for_the_same_estimator(name: str, K: int) -> No
         estimator = parse(f"{name}:K={K}")
         assert parse(str(estimator)) == estimator
         assert f"K={K}" in str(estimator) or K == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "ascended"),
+    [
+        ("stl:K=8", "elbo"), ("iwae:K=8", "iwelbo:K=8"), ("iwae:K=1", "elbo"), ("vr:alpha=0", "iwelbo:K=8"), ("vr:alpha=1", "elbo"),
+        ("vr:K=1", "elbo"), ("vr:alpha=0.5", "renyi bound:K=8,alpha=0.5"), ("ciwae:beta=0", "iwelbo:K=8"), ("ciwae:beta=1", "elbo"),
+        ("tvo:partitions=1", "elbo"), ("tvo", "tvo:K=8,partitions=2,beta1=0.025"),
+    ],
+)  # fmt: skip
+def test_estimators_of_one_objective_say_so(word: str, ascended: str) -> None:
+    assert parse(word).ascends("generative") == ascended
+
+
+def test_the_inclusive_divergence_is_one_objective_at_every_k() -> None:
+    assert parse("rws:K=8").ascends("inference") == parse("rws:K=64").ascends("inference") == "inclusive KL"
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_settings_in_a_word_have_the_types_of_their_fields() -> None:
+    @register
+    @dataclass(frozen=True)
+    class Typed(Weighted):
+        order: Literal[1, 2] = 1
+        lags: int | None = None
+        shape: tuple[int, ...] = ()
+        facts = Facts("typed", family="f", objective="elbo")
+
+        def coefficients(self, log_w: Tensor) -> Coefficients:
+            return Coefficients(log_w)
+
+    assert parse("typed:order=2,lags=5") == Typed(order=2, lags=5)
+    assert parse("typed:lags=None") == Typed()
+    for word, said in (
+        ("typed:order=3", "order of typed should be one of 1, 2, not '3'"),
+        ("typed:lags=five", "lags of typed should be a whole number, not 'five'"),
+        ("typed:shape=3", "shape of typed cannot be given in a word, only in Python"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parse(word)

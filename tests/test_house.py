@@ -27,7 +27,7 @@ ESTIMATOR_STAIRS = (
 )
 BENCH_STAIRS = (
     {"atomic", "errors", "formulas"},
-    {"data", "metrics", "statistics", "machine"},
+    {"data", "metrics", "statistics", "machine", "workers"},
     {"console", "records", "tails"},
     {"models", "products"},
     {"outer", "calls"},

@@ -260,6 +260,28 @@ def test_a_bare_parameter_is_measured_in_batches(word: str) -> None:
     assert np.abs(m.mean["mu"]).max() > 0
 
 
+@pytest.mark.parametrize("needs", [(), ("rsample",)])
+def test_a_score_is_taken_with_the_draw_held_however_it_is_made(needs: tuple[str, ...]) -> None:
+    """A score column without a pathwise one, of an estimator that asks for draws that could be differentiated."""
+
+    @dataclass(frozen=True)
+    class Score(Weighted):
+        K: int = 3
+        facts = Facts("score", family="score-function", objective="elbo", needs=needs)
+
+        def coefficients(self, log_w: Tensor) -> Coefficients:
+            return Coefficients(generative=torch.full_like(log_w, 1 / self.K), score=log_w / self.K)
+
+    problem = Problem(vae(), data(3))
+    found, wanted = (measure(problem, e, replicates=16, dtype=torch.float64) for e in (Score(), parse("reinforce:K=3")))
+    assert found.engine == "rows"
+    assert equal(found.mean, wanted.mean, 1e-9)
+    state = State()
+    model, x = vae(), data(3)
+    mine, theirs = (one(e, model, x, Rng(1), state, trainable(model, state)) for e in (Score(), parse("reinforce:K=3")))
+    assert all(torch.allclose(mine.gradients[n], theirs.gradients[n], rtol=1e-9, atol=1e-12) for n in mine.gradients)
+
+
 class Bent(Shifted):
     """Holds a layer whose gradients are not made from its calls."""
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +18,10 @@ from gradiometer.bench.data import load
 from gradiometer.bench.errors import RequestError
 from gradiometer.bench.measurement import measure
 from gradiometer.bench.models.toys import BernoulliToy, GaussianToy
+from gradiometer.bench.models.vae import VAE, Architecture
 from gradiometer.bench.named import REFERENCES, TOYS, named_problem, parse_problem
-from gradiometer.bench.problems import Problem, reason_to_skip
+from gradiometer.bench.problems import Problem, active_units, reason_to_skip
+from gradiometer.bench.problems import digest as digest_of
 from gradiometer.estimators import parse
 
 STEPS, EARLY = 100, 30
@@ -186,14 +188,14 @@ def test_the_digest_sees_parameters_minibatch_and_held_out_data(quick: Path) -> 
         *(named_problem(w, b).about["digest"] for w, b in (("digits-vae@init", 20), ("digits-vae@late", 19))),
     }
     assert len(seen) == 3
-    assert named.digest(problem.model, problem.x, problem.held_out) == digest
-    assert named.digest(problem.model, problem.x, problem.held_out[:-1]) != digest
+    assert digest_of(problem.model, problem.x, problem.held_out) == digest
+    assert digest_of(problem.model, problem.x, problem.held_out[:-1]) != digest
     (path,) = quick.glob("*@late*")
     tensors = load_file(path)
     name = sorted(tensors)[0]
     tensors[name].view(-1)[0] = torch.nextafter(tensors[name].view(-1)[0], torch.tensor(9.0))  # one bit
     problem.model.load_state_dict(tensors)
-    assert named.digest(problem.model, problem.x, problem.held_out) != digest
+    assert digest_of(problem.model, problem.x, problem.held_out) != digest
 
 
 def test_the_minibatch_is_fixed_and_binary(quick: Path) -> None:
@@ -375,6 +377,38 @@ def test_what_is_no_model_or_no_minibatch_is_a_sentence() -> None:
         Problem(nn.Linear(2, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"x is a tensor \[B, \.\.\.\], not of type ndarray"):
         Problem(toy, torch.zeros(3, 2).numpy())
+    for lacking in (
+        SimpleNamespace(guide=toy.guide, log_joint=toy.log_joint, groups=toy.groups),
+        toy.requires_grad_(False),
+    ):
+        with pytest.raises(ValueError, match="has no parameters to take gradients of: a model is an"):
+            Problem(lacking, torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("latent", "kind"), [((5,), "gaussian"), ((5, 3), "gaussian"), ((4,), "categorical"), ((4, 2), "bernoulli")]
+)
+def test_a_guide_that_sees_no_data_has_no_active_units(latent: tuple[int, ...], kind: str) -> None:
+    between = (4,) if len(latent) > 1 else ()
+    model = VAE(Architecture(data=6, hidden=(4,), latent=latent, between=between, kind=kind, classes=3))
+    x = (torch.rand(500, 6) < 0.5).float()
+    units = sum(latent)
+    assert 0 <= active_units(model, x) <= units
+    for parameter in model.encoder.parameters():
+        parameter.data.zero_()
+    assert active_units(model, x) == 0
+
+
+def test_the_active_units_are_those_whose_means_follow_the_data() -> None:
+    model, x = (
+        VAE(Architecture(data=6, hidden=(), latent=(4,), kind="categorical", classes=3)),
+        torch.eye(6).repeat(50, 1),
+    )
+    layer = next(m for m in model.encoder.modules() if isinstance(m, nn.Linear))
+    for parameter in layer.parameters():
+        parameter.data.zero_()
+    layer.weight.data[3:6, 0] = torch.tensor([9.0, 0.0, 0.0])  # the second latent's classes, by the first pixel
+    assert active_units(model, x) == 1
 
 
 def test_a_word_stands_for_its_estimator() -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 
 from gradiometer.bench import cells as cells_module
-from gradiometer.bench import named, store
-from gradiometer.bench.cells import FLOORS, HARNESS, Cell, run_together
+from gradiometer.bench import named, runner, store
+from gradiometer.bench.cells import HARNESS, Cell, run_together
 from gradiometer.bench.errors import RequestError
+from gradiometer.bench.records import FLOORS
 from gradiometer.bench.runner import companies, finished, run
 from gradiometer.estimators.registry import load_plugin
 
@@ -303,6 +305,20 @@ def test_an_interrupt_while_workers_start_is_one_line(tmp_path: Path) -> None:
     assert said == "\ninterrupted; finished cells are kept, and the same command goes on from here\n"
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc for the workers of a run")
+def test_an_interrupt_ends_checks_that_still_wait() -> None:
+    words = ["stl", "sgvb-a", "sgvb-b", "rloo:K=4", "iwae:K=4", "dreg:K=4", "vimco:K=4", "rws:K=4"]
+    process = begun([sys.executable, "-m", "gradiometer.bench.cli", "check", *words, "--jobs", "2"])
+    assert process.stdout.readline().startswith("stl")
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    cards, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.strip() == "interrupted"
+    assert "rws" not in cards
+    wait_until(lambda: not any(map(running, workers)), 30)
+
+
 def test_a_part_run_again_leaves_the_rest_in_the_report(tmp_path: Path, gradiometer: Command) -> None:
     asked, out = suite(tmp_path / "mine.toml", "iwae:K=2", "stl", "dreg:K=2"), tmp_path / "out"
     assert gradiometer("run", asked, "--out", out, "--only", "stl").exit_code == 0
@@ -383,8 +399,8 @@ def test_a_changed_helper_is_another_cell_and_other_code(tmp_path: Path, monkeyp
         monkeypatch.syspath_prepend(str(folder))
         for name in ("deeper", "helper"):
             monkeypatch.delitem(sys.modules, name, raising=False)
-        records._source.cache_clear()
-        cells_module._source.cache_clear()
+        records.source_of.cache_clear()
+        cells_module.source_of.cache_clear()
         path = Path(plugin(folder / "mine.py", mine="log_w = weights(log_w)"))
         path.write_text("from helper import weights\n" + path.read_text())
         made = key_of(path)
@@ -412,7 +428,6 @@ def test_a_changed_base_in_another_file_is_another_cell(tmp_path: Path) -> None:
 
 
 def test_every_field_and_everything_behind_a_number_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
 
     base = {
         "kind": "gradient",
@@ -424,7 +439,7 @@ def test_every_field_and_everything_behind_a_number_is_in_the_key(monkeypatch: p
     changes: list[dict[str, Any]] = [
         {}, {"kind": "cost"}, {"problem": "gaussian-toy:units=3"}, {"estimator": "iwae:K=3"}, {"batch": 4}, {"seed": 1},
         {"replicates": 32}, {"reference": "stl"}, {"reference": "rloo:K=2"}, {"engine": "loop"}, {"device": "cuda"},
-        {"dtype": "float64"}, {"threads": 2}, {"seconds": 1.0}, {"tensors": True}, {"minibatches": 4}, {"minibatches": 5},
+        {"dtype": "float64"}, {"threads": 2}, {"settle": 10}, {"tensors": True}, {"minibatches": 4}, {"minibatches": 5},
         {"kind": "training", "problem": "digits-vae", "steps": 3, "every": 1},
         {"kind": "training", "problem": "digits-vae", "steps": 3, "every": 1, "seed": 1},
         {"kind": "training", "problem": "digits-vae", "steps": 3, "every": 1, "learning_rate": 0.1},
@@ -442,11 +457,11 @@ def test_every_field_and_everything_behind_a_number_is_in_the_key(monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(named, "HELD_OUT", 16)
         assert Cell(**(base | changes[-2])).key != keys[-2]
-    source = cells_module._source
+    source = cells_module.source_of
     for module in (*FLOORS, *HARNESS):
         with monkeypatch.context() as patch:
             patch.setattr(
-                cells_module, "_source", lambda name, m=module: "changed" if name.endswith(m) else source(name)
+                cells_module, "source_of", lambda name, m=module: "changed" if name.endswith(m) else source(name)
             )
             assert Cell(**base).key != keys[0], module
 
@@ -598,3 +613,26 @@ def test_a_reason_is_one_line(words: list[str], monkeypatch: pytest.MonkeyPatch)
     assert reason
     assert "\n" not in reason
     assert [row["reason"] for row in rows] == [reason]
+
+
+def test_a_worker_takes_a_device_that_is_named_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        runner.take(device)
+    assert taken == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("kind", ["cost", "training"])
+def test_what_a_kind_does_not_read_is_not_in_its_key(kind: str) -> None:
+    base = Cell("cost", "gaussian-toy:units=2", "stl", 3)
+    base = base if kind == "cost" else Cell("training", "digits-vae", "stl", 3, steps=3, every=1)
+    assert replace(base, settle=7, memory=2**20, precision=0.5).key == base.key != replace(base, seed=1).key
+
+
+def test_times_of_another_graphics_processor_are_other_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for name in ("one card", "another"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        keys.append(Cell("cost", "gaussian-toy:units=2", "stl", 3, device="cuda").key)
+    assert len(set(keys)) == 2

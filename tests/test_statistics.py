@@ -1,12 +1,15 @@
 """Error bars that hold what they promise, and metrics on vectors whose answers are known."""
 
 import math
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from gradiometer import bench
 from gradiometer.bench import metrics
 from gradiometer.bench.accumulators import Piece, accumulator
 from gradiometer.bench.formulas import (
@@ -507,3 +510,13 @@ def test_error_bars_shrink_as_the_root_of_the_replicates() -> None:
         np.mean([value_of(generator.normal(0, 1, (R, 20)), "variance").stderr for _ in range(20)]) for R in (256, 4096)
     ]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.15)
+
+
+def test_the_simulation_of_coverage_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "__path__", [*bench.__path__, str(Path(__file__).parents[1] / "bench")])
+    coverage = import_module("gradiometer.bench.simulations.coverage")
+    cells = coverage.light(next(iter(coverage.LIGHT)), 5, 64, "far", 2) + coverage.tails(
+        next(iter(coverage.TAILS)), 5, 64, 2
+    )
+    assert {cell.metric for cell in cells} >= {"variance", "snr", "bias", "mse", "ratio of variances"}
+    assert all(cell.trials + cell.without == 2 for cell in cells)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import away
 import pytest
@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from gradiometer import bench
-from gradiometer.bench import Problem, measure
+from gradiometer.bench import measure
 from gradiometer.bench.gradients import Counted
 
 PARTS = ("speed", "company", "backpack", "memory")
@@ -125,7 +125,7 @@ def test_the_floor_passes_as_many_rows(
 ) -> None:
     of = baselines.problem("digits", B)
     counted = Counted(of.model)
-    baselines.floor(Problem(counted, of.x), K, R)
+    baselines.floor(SimpleNamespace(model=counted, x=of.x), K, R)
     assert counted.evaluations == B * K * R
 
 

@@ -12,6 +12,7 @@ from gradiometer.bench import machine, records, store
 from gradiometer.bench.checks.card import Card
 from gradiometer.bench.checks.gate import Level, check, failed
 from gradiometer.bench.errors import RequestError
+from gradiometer.bench.workers import pool, spared_by_interrupts
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.registry import load_plugin
 
@@ -58,13 +59,9 @@ def _cards(estimators: Sequence[Estimator], level: Level, jobs: int, plugins: Se
         for estimator in estimators:
             yield check(estimator, level)
         return
-    from multiprocessing import get_context
-
-    from pebble import ProcessPool
-
-    pool = ProcessPool(jobs, context=get_context("spawn"), initializer=_begin, initargs=[list(plugins)])
-    with pool:
-        waiting = [pool.schedule(check, [estimator, level]) for estimator in estimators]
+    with pool(jobs, _begin, list(plugins)) as processes:
+        with spared_by_interrupts():
+            waiting = [processes.schedule(check, [estimator, level]) for estimator in estimators]
         for estimator, future in zip(estimators, waiting, strict=True):
             try:
                 yield future.result()

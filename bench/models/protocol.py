@@ -39,7 +39,8 @@ def offers(model: LatentVariableModel, x: Tensor) -> set[str]:
     "rsample", "gaussian", "bernoulli" and "discrete" (Bernoulli or one-hot) are of the guide, the last three of one layer of
     independent latents; "likelihood", "prior", "kl" and "relaxed" of the model.
     """
-    held = next(iter(model.parameters()), x) if isinstance(model, nn.Module) else x
+    assert isinstance(model, nn.Module)
+    held = next(model.parameters())
     guide = model.guide(x.to(held))  # a measurement converts both; here only the shapes matter
     closed = getattr(model, "has_kl", True)
     found = {name for name in ("likelihood", "prior", "kl") if callable(getattr(model, name, None))}

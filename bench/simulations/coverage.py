@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 
 from gradiometer.bench.folding import Folding
 from gradiometer.bench.measured import Compared, Measurement, of_moments
+from gradiometer.bench.models.toys import GaussianToy
 from gradiometer.bench.moments import Array
 from gradiometer.bench.problems import Problem
 from gradiometer.bench.simulations.kept import keep
@@ -140,7 +141,7 @@ def measurement(gradients: Mapping[str, Array]) -> dict[str, Measurement]:
     for start in range(0, R, CHUNK):
         stop = min(start + CHUNK, R)
         folding.add(Pass({name: t[start:stop] for name, t in tensors.items()}, parts, None), range(start, stop))
-    problem = Problem(None, torch.empty(1))
+    problem = Problem(GaussianToy(1), torch.zeros(1, 1))
     return {
         name: Measurement(
             problem,
