@@ -1,6 +1,9 @@
 """Every estimator against the exact gradient of what it says it ascends, and wrong ones that the same check must refuse."""
 
+import inspect
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +26,7 @@ from gradiometer.bench.training import initial_state, learning_step, settled
 from gradiometer.estimators.base import Average, Coefficients, Facts, State, Surrogate, Weighted
 from gradiometer.estimators.importance_weighted import CIWAE, IWAE, IWAESTL, VIMCO, VR, DReG, IWAEScore
 from gradiometer.estimators.noise import Rng
-from gradiometer.estimators.registry import catalogue, parse, register
+from gradiometer.estimators.registry import catalogue, load_plugin, parse, register
 from gradiometer.estimators.reparameterization import SGVBA, STL
 from gradiometer.estimators.score_function import NVIL, RLOO, Reinforce
 from gradiometer.estimators.thermodynamic import TVO
@@ -1108,3 +1111,20 @@ def test_settings_in_a_word_have_the_types_of_their_fields() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             parse(word)
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_an_estimator_of_the_catalogue_is_batched_as_a_plugin_too(tmp_path: Path) -> None:
+    """What our own code may do, a copy of it may: nothing rests on where a file lies."""
+    code = Path(sys.modules[NVIL.__module__].__file__).read_text(encoding="utf-8")
+    imports = code[code.index("from __future__") : code.index("@register")]
+    own = inspect.getsource(NVIL).replace("class NVIL", "class Mine").replace('Facts("nvil"', 'Facts("mine"')
+    start = "" if own.startswith("@register") else "@register\n@dataclass(frozen=True)\n"
+    (tmp_path / "mine.py").write_text(imports + start + own, encoding="utf-8")
+    load_plugin(tmp_path / "mine.py")
+    problem = Problem(scrambled(VAE(Architecture(data=5, hidden=(4,), latent=(3,)))).float(), torch.ones(3, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine, ours = (measure(problem, word, replicates=16, settle=3) for word in ("mine:K=2", "nvil:K=2"))
+    assert mine.engine == "rows"
+    assert mine.metrics("inference")["variance"].value == ours.metrics("inference")["variance"].value
