@@ -280,16 +280,16 @@ class Tape:
         """The copies that replicates have of a group's parameters outside layers, ``[R, 1, *shape]``; of scalars ``[R, 1, 1]``."""
         return {name: self._leaves[name] for name in self.network.parameters.get(group, {}) if name in self._leaves}
 
-    def ascend(self, group: str, total: Tensor, owner: int = 0) -> None:
-        """Add the gradient of `total`, a sum over replicates, for an estimator and the parameters of a group."""
+    def ascend(self, group: str, total: Tensor) -> None:
+        """Add the gradient of `total`, a sum over replicates, for the only estimator and the parameters of a group."""
         mine, free = self.of_group(group, self.calls), self.free_of(group)
         leaves = [leaf for guide in self.guides for leaf in guide.leaves]
         slopes = iter(gradient(total, [*(call.output for call in mine), *free.values(), *leaves]))
-        self.put(mine, list(islice(slopes, len(mine))), [[owner]])
+        self.put(mine, list(islice(slopes, len(mine))), [[0]])
         for name in free:
-            self.put_free(name, next(slopes), [owner])
+            self.put_free(name, next(slopes), [0])
         for guide in self.guides:
-            self.carry(group, guide, list(islice(slopes, len(guide.leaves))), [owner])
+            self.carry(group, guide, list(islice(slopes, len(guide.leaves))), [0])
 
     def carry(self, group: str, guide: _Guide, slopes: Sequence[Tensor | None], owners: Sequence[int]) -> None:
         """Add what gradients ``[E * R, B, ...]`` of a guide's parameters are for the networks behind it."""

@@ -40,7 +40,7 @@ def diagnose(found: Gradients, wanted: Gradients, world: World, K: int) -> str:
             return f"in {name!r} alone {said}"
         if all(f is not None for f in wrong.values()):
             return "its scale differs by layer: " + ", ".join(f"{n} {f:.3g}" for n, f in wrong.items())
-    for explanation, other in _explanations(found, wanted, world, K) if world.most >= K else ():
+    for explanation, other in _explanations(wanted, world, K) if world.most >= K else ():
         if float((whole - other).norm()) < ALIKE * float(exact.norm()):
             return explanation
     cosine = float(whole @ exact / whole.norm() / exact.norm())
@@ -68,7 +68,7 @@ def _scaled(factor: float, K: int, B: int) -> str:
     return f"it is scaled by {factor:.4g}"
 
 
-def _explanations(found: Gradients, wanted: Gradients, world: World, K: int) -> Iterator[tuple[str, Tensor]]:
+def _explanations(wanted: Gradients, world: World, K: int) -> Iterator[tuple[str, Tensor]]:
     """Gradients that a known mistake would give, each with the mistake's name."""
     exact = _flat(wanted)
     for name, objective in OBJECTIVES.items():

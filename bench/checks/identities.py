@@ -23,14 +23,14 @@ EQUAL = 1e-10  # relative to the largest entry: what rounding leaves of an ident
 LEARNT = 8  # steps from which an estimator's memory is not what it was at birth
 
 
-def experienced(estimator: Estimator, world: World, seed: int = 0) -> State:
+def experienced(estimator: Estimator, world: World) -> State:
     """Memory that a few steps have moved from where it began; claims must hold whatever is remembered."""
-    state = initial_state(estimator, world.model, world.x, seed)
-    generator = torch.Generator().manual_seed(seed)
+    state = initial_state(estimator, world.model, world.x, 0)
+    generator = torch.Generator().manual_seed(0)
     for parameter in _learned(state):
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     try:
-        learn(estimator, world.model, world.x, state, LEARNT, seed, rate=0.0)  # averages follow, and modules are held
+        learn(estimator, world.model, world.x, state, LEARNT, 0, rate=0.0)  # averages follow, and modules are held
     except RuntimeError as error:
         raise Broken(f"a step of learning fails: {str(error).partition('.')[0]}") from error
     return state

@@ -43,13 +43,13 @@ def target(world: World, objective: Objective, K: int) -> tuple[Gradients, float
     return _gradient(world, value), float(value.detach())
 
 
-def sampled(world: World, objective: Objective, K: int, effort: Effort, seed: int = 0) -> tuple[Gradients, Tensor]:
+def sampled(world: World, objective: Objective, K: int, effort: Effort) -> tuple[Gradients, Tensor]:
     """Likewise for reparameterised particles too many to enumerate, by randomisation: gradients ``[S, *shape]``, values ``[S]``.
 
-    On the points that an estimator of the same seed gets for its first K particles, so that errors of the rule cancel.
+    On the points that an estimator gets for its first K particles, so that errors of the rule cancel.
     """
     gradients, values = [], []
-    for columns in sobol(K * world.model.guide(world.x).event_shape.numel(), effort, seed):
+    for columns in sobol(K * world.model.guide(world.x).event_shape.numel(), effort, 0):
         x = world.x.expand(len(columns), *world.x.shape)
         q = world.model.guide(x)
         z = Nodes(columns, exact=False).rsample(q, K)
