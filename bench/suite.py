@@ -303,9 +303,9 @@ def validated(content: dict[str, Any], text: str, where: str, given: Mapping[str
     """
     try:
         suite = Suite.model_validate(content)
-        for number, block in enumerate([*suite.gradient, *suite.training, *suite.cost]):
-            kind, i = _place(suite, number)
-            _words(block, (kind, i, "estimators"), text, where, given)
+        for kind in ("gradient", "training", "cost"):
+            for number, block in enumerate(getattr(suite, kind)):
+                _words(block, (kind, number, "estimators"), text, where, given)
     except ValidationError as error:
         raise RequestError(
             "; ".join(dict.fromkeys(sentence(e, MODELS, text, where, given) for e in error.errors()))
@@ -313,15 +313,6 @@ def validated(content: dict[str, Any], text: str, where: str, given: Mapping[str
     if not (suite.gradient or suite.cost or suite.training):
         raise RequestError(f"{where} asks for nothing: add a [[gradient]], [[training]] or [[cost]] block")
     return suite
-
-
-def _place(suite: Suite, number: int) -> tuple[str, int]:
-    for kind in ("gradient", "training", "cost"):
-        blocks = len(getattr(suite, kind))
-        if number < blocks:
-            return kind, number
-        number -= blocks
-    raise IndexError(number)
 
 
 def _words(block: Any, location: tuple[str | int, ...], text: str, where: str, given: Mapping[str, str]) -> None:

@@ -80,10 +80,7 @@ def verdicts(found: Sequence[Ratio], *, checked: bool = True) -> RichTable:
         found: ratios of one metric.
         checked: whether any estimator has passed a check; if none has, that is said once.
     """
-    made = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), title_style="bold", caption_style="", caption_justify="left")
-    made.add_column("estimator", no_wrap=True)
-    made.add_column("K", justify="right", no_wrap=True)
-    made.add_column("evalu-\nations", justify="right", no_wrap=True)
+    made = _empty()
     made.add_column("", ratio=1)
     section = ("", "")
     for row in sorted(found, key=lambda r: [f.problem for f in found].index(r.problem)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from gradiometer.bench.measured import Measurement
 from gradiometer.bench.measurement import measure
 from gradiometer.bench.models.settings import TOYS
 from gradiometer.bench.problems import Problem
+from gradiometer.bench.statistics import jackknife
 from gradiometer.estimators.base import Estimator
 from gradiometer.estimators.registry import configured, parse
 
@@ -116,7 +116,5 @@ def _slope(measured: list[Measurement], group: str) -> dict[str, Any] | None:
     if len(values) < 3 or not (np.isfinite(table).all() and (table > 0).all()):
         return None
     x = np.log([m.estimator.K for m in measured])
-    slopes = np.polyfit(x, np.log(table), 1)[0]  # of all shards, and without each
-    shards = len(slopes) - 1
-    error = math.sqrt((shards - 1) / shards * ((slopes[1:] - slopes[1:].mean()) ** 2).sum())
-    return {"value": float(slopes[0]), "stderr": error}
+    slope, *without = np.polyfit(x, np.log(table), 1)[0]  # of all shards, and without each
+    return {"value": float(slope), "stderr": jackknife(float(slope), without, positive=False).stderr}
