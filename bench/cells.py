@@ -35,10 +35,10 @@ from gradiometer.estimators.weights import log_mean_exp
 # What can change a number: these modules, the estimator's own and what its words name. Comments do not count.
 HARNESS = (
     "bench.formulas", "bench.gradients", "bench.products", "bench.outer", "bench.calls", "bench.tape", "bench.batched",
-    "bench.moments", "bench.accumulators", "bench.folding", "bench.subject", "bench.objections", "bench.replicates", "bench.bias",
-    "bench.tails", "bench.measured", "bench.measurement", "bench.training", "bench.costs", "bench.statistics", "bench.oneway",
-    "bench.decomposition", "bench.problems", "bench.cells", "bench.models.layers", "bench.models.vae", "bench.models.toys",
-    "bench.models.protocol",
+    "bench.moments", "bench.accumulators", "bench.directions", "bench.folding", "bench.subject", "bench.objections",
+    "bench.replicates", "bench.bias", "bench.tails", "bench.measured", "bench.measurement", "bench.training", "bench.costs",
+    "bench.statistics", "bench.oneway", "bench.decomposition", "bench.problems", "bench.cells", "bench.models.layers",
+    "bench.models.vae", "bench.models.toys", "bench.models.protocol",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 EVALUATION_PARTICLES = 64

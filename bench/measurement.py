@@ -305,7 +305,7 @@ class _Asked:
             self.seed,
             folding.moments(position),
             {group: tuple(members) for group, members in subject.parameters.items()},
-            folding.projections(position),
+            folding.directions.projections(position),
             folding.samples(position),
             evaluations,
             self.units,
@@ -314,7 +314,7 @@ class _Asked:
             plan.note,
             met if self.precision else None,
             self.means is not None,
-            folding.turns(position),
+            folding.directions.turns(position),
             settled=subject.state.steps,
         )
 

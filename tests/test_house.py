@@ -33,7 +33,7 @@ BENCH_STAIRS = (
     {"outer", "calls"},
     {"moments", "gradients"},
     {"accumulators", "tape"},
-    {"batched", "folding"},
+    {"batched", "directions", "folding"},
     {"subject"},
     {"problems", "training", "objections", "replicates"},
     {"arguments", "bias"},

@@ -150,13 +150,13 @@ def measurement(gradients: Mapping[str, Array]) -> dict[str, Measurement]:
             0,
             folding.moments(i),
             {"group": (name,)},
-            folding.projections(i),
+            folding.directions.projections(i),
             {},
             1.0,
             None,
             "rows",
             CHUNK,
-            turns=folding.turns(i),
+            turns=folding.directions.turns(i),
         )
         for i, name in enumerate(P)
     }
