@@ -20,6 +20,8 @@ from gradiometer.bench.tape import Part, Pass
 PROJECTED = 32  # replicates per shard of the second half that are projected, or an eighth of them if that is more
 PULLING = 64  # of the projected ones, how many estimate the derivative of a ratio by its direction, for its error
 SMALL = 2**12  # coordinates of a gradient up to which all of the second half are: it costs next to nothing
+Key = tuple[tuple[str, int | None], ...]
+"""What tells the gradient of a group from that of other groups, and of other estimators: blocks and first columns."""
 
 
 class Kept:
@@ -119,13 +121,11 @@ class Directions:
         """Replicates in each shard of the first half."""
         return next(iter(self._sums.values())).count[: self._half]
 
-    def _made(
-        self, means: Mapping[str, Tensor] | None
-    ) -> tuple[dict[str, Tensor], dict[tuple[tuple[str, int | None], ...], Direction]]:
+    def _made(self, means: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], dict[Key, Direction]]:
         """Unit vectors by block, and what is known of each; estimators that share columns share it."""
         own = {block: accumulator.mean(self._half) for block, accumulator in self._sums.items()}
         towards = {block: torch.zeros_like(mean) for block, mean in own.items()}
-        found: dict[tuple[tuple[str, int | None], ...], Direction] = {}
+        found: dict[Key, Direction] = {}
         for e, parameters in enumerate(self._parameters):
             for group in parameters:
                 parts = self._of(e, group)
@@ -240,8 +240,7 @@ class Directions:
         return {name: found[name] for name in self._parameters[estimator][group] if name in found}
 
 
-def _key(parts: Mapping[str, Part]) -> tuple[tuple[str, int | None], ...]:
-    """What tells the gradient of a group from that of other groups, and of other estimators."""
+def _key(parts: Mapping[str, Part]) -> Key:
     return tuple((part.block, part.columns.start) for part in parts.values())
 
 
