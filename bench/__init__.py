@@ -7,8 +7,9 @@ wait for torch.
 if __name__ == "bench":
     raise ImportError("import gradiometer.bench, not bench: install the checkout with `pip install -e .`")
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from gradiometer.estimators.lazily import lazily
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from gradiometer.bench.costs import cost as cost
@@ -38,16 +39,4 @@ _HOMES = {  # public name -> the module it lives in
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name from the module it lives in, at its first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the public names, imported or not."""
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from gradiometer.estimators.base import Estimator
 
 _REGISTRY: dict[str, type[Estimator]] = {}
-_STAIRS = {"noise", "weights", "base", "registry"}
+_STAIRS = {"lazily", "noise", "weights", "base", "registry"}
 E = TypeVar("E", bound=type[Estimator])
 T = TypeVar("T")
 

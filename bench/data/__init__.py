@@ -3,8 +3,9 @@
 Names are imported when they are first used (PEP 562): listing data sets and fetching their files needs no torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from gradiometer.estimators.lazily import lazily
 
 if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from gradiometer.bench.data.dataset import Dataset as Dataset
@@ -24,16 +25,4 @@ _HOMES = {  # public name -> the module it lives in
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    """Import a public name from the module it lives in, at its first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    """List the public names, imported or not."""
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazily(__name__, _HOMES)
