@@ -58,9 +58,8 @@ def cost(
     with FlopCounterMode(display=False) as counter:
         step()
     operations = counter.get_total_flops()
-    with (
-        torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
-    ):  # the timer waits for the current one
+    # The timer waits for the current graphics processor.
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
         times = _seconds(step, threads, seconds)
     per_gradient = _median(times)
     return {

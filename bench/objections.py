@@ -34,7 +34,11 @@ def _seen(batch: Batch, subject: Subject, seed: int) -> str | None:
     rng, gpus = subject.rng(seed, 1), graphics_processors()
     constants = [*subject.model.parameters(), *subject.model.buffers()]
     try:
-        with batch.network.aside() as parameters, Values(constants) as values, torch.random.fork_rng(gpus):
+        with (
+            batch.network.aside() as parameters,
+            Values(constants) as values,
+            torch.random.fork_rng(gpus, device_type="cuda"),
+        ):
             before = _generators(gpus)
             made = list(surrogates(subject.estimator, subject.model, subject.x, rng, subject.state))
             after = _generators(gpus)

@@ -68,8 +68,8 @@ def digest(model: nn.Module, x: Tensor, held_out: Tensor | None = None) -> str:
     found = hashlib.sha256()
     for name, tensor in [*sorted(model.state_dict().items()), ("x", x), ("held_out", held_out)]:
         found.update(name.encode())
-        if tensor is not None:
-            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        if isinstance(tensor, Tensor):  # a module may keep more than tensors, and NumPy has no bfloat16
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 

@@ -371,6 +371,21 @@ def test_a_problem_does_not_hang_on_the_default_precision(word: str) -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def test_models_of_any_precision_and_with_state_of_their_own_are_problems() -> None:
+    class Noted(GaussianToy):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"epochs": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+    x = torch.zeros(3, 2)
+    half, noted = (Problem(model, x) for model in (GaussianToy(units=2).bfloat16(), Noted(units=2)))
+    assert measure(half, "iwae:K=2", replicates=16).engine == measure(noted, "iwae:K=2", replicates=16).engine == "rows"
+    with torch.no_grad():
+        half.model.mu.weight += 1
+    assert Problem(half.model, x).about["digest"] != half.about["digest"]
+
+
 def test_what_is_no_model_or_no_minibatch_is_a_sentence() -> None:
     toy = GaussianToy(units=2)
     with pytest.raises(ValueError, match="Linear is no latent-variable model: it has no guide"):
